@@ -1,0 +1,1 @@
+"""Ready-made configurations; the first line of each file is the command that runs it."""
