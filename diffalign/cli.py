@@ -1,0 +1,263 @@
+"""The command line: ``diffalign <command> [options]``.
+
+Every command is a dataclass of options and a function that takes it; this file only finds them, reads the
+options (YAML file, then command line) and turns errors into one sentence and an exit code:
+0 done, 2 bad input, 3 a run that failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from diffalign.errors import UserError, describe, suggestion
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where it lives, a line for the list, and an example line for its ``--help``."""
+
+    config: str  # "module:Dataclass"
+    run: str  # "module:function", called with an instance of the dataclass
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "diffalign.demo:DemoConfig",
+        "diffalign.demo:run",
+        "sample faster and align on the embedded playground; leaves an HTML report",
+        "diffalign demo --output_dir outputs/demo",
+    ),
+    "sample": Command(
+        "diffalign.sample:SampleConfig",
+        "diffalign.sample:run",
+        "draw images from a pipeline folder with any of the samplers",
+        'diffalign sample --model playground/sd --prompts "[a red star]" --solver dpm-solver++ --steps 10',
+    ),
+    "train diffusion-dpo": Command(
+        "diffalign.trainers.diffusion_dpo:DiffusionDPOConfig",
+        "diffalign.trainers.diffusion_dpo:run",
+        "Diffusion-DPO on preference pairs, LoRA or full",
+        "diffalign train diffusion-dpo --config configs/train/diffusion_dpo_playground.yaml --beta_dpo 2000",
+    ),
+    "data check": Command(
+        "diffalign.data.check:CheckConfig",
+        "diffalign.data.check:run",
+        "read a whole preference set and report every bad row",
+        "diffalign data check --dataset my_pairs/",
+    ),
+    "playground pairs": Command(
+        "diffalign.playground.pairs:PairsConfig",
+        "diffalign.playground.pairs:run",
+        "sample the playground model and label pairs with its scorer",
+        "diffalign playground pairs --output_dir outputs/pairs --prompts 200",
+    ),
+    "playground build": Command(
+        "diffalign.playground.build:BuildConfig",
+        "diffalign.playground.build:run",
+        "train the playground models from nothing",
+        "diffalign playground build --what sd --output_dir outputs/playground",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    try:
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output left, as in `diffalign --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        sentence, code = describe(error)
+        print(f"diffalign: {sentence}", file=sys.stderr)
+        return code
+
+
+def _dispatch(args: list[str]) -> int:
+    if args and args[0] == "--version":
+        from diffalign import __version__
+
+        print(f"diffalign {__version__}")
+        return 0
+    words = [a for a in args[:2] if not a.startswith("-")]
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return _run(name, args[length:])
+    group = words[0] if words else ""
+    members = [name for name in COMMANDS if name.split()[0] == group]
+    if not words or (members and len(words) == 1):
+        print(_overview(members or list(COMMANDS)))
+        return 0 if "-h" in args or "--help" in args else 2
+    wanted = " ".join(words) if members else group
+    known = members or sorted({name.split()[0] for name in COMMANDS})
+    raise UserError(f"unknown command {wanted!r}{suggestion(wanted, known)} (known: {', '.join(known)})")
+
+
+def _overview(names: list[str]) -> str:
+    width = max(len(name) for name in names)
+    rows = "\n".join(f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names)
+    example = COMMANDS[names[0]].example
+    return (
+        "usage: diffalign <command> [options]\n\n"
+        f"commands:\n{rows}\n\n"
+        "Every command takes --help, --config FILE.yaml, --print_config and --debug.\n"
+        f"example:\n  {example}"
+    )
+
+
+def _run(name: str, args: list[str]) -> int:
+    command = COMMANDS[name]
+    config_class: type = _load(command.config)
+    config = parse(config_class, args, prog=f"diffalign {name}", example=command.example)
+    if config is None:
+        return 0
+    run: Callable[[Any], object] = _load(command.run)
+    run(config)
+    return 0
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def parse(config_class: type, args: Sequence[str], *, prog: str, example: str) -> Any:
+    """Read a dataclass of options from ``args``: defaults < YAML of ``--config`` < single options.
+
+    Lists take words (``--seeds 0 1 2``) or YAML (``--seeds [0,1,2]``); a boolean alone means true. The
+    help of each option is the line about it under ``Attributes:`` in the docstring of the dataclass.
+
+    Returns None when the arguments asked only for help or for the configuration to be printed.
+
+    Raises:
+        UserError: an unknown option (the nearest known one is named), a wrong type, a missing file, or a
+            value that the dataclass itself refuses with a ``ValueError``.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from diffalign.configs import resolve
+
+    hints = get_type_hints(config_class)
+    parser = ArgumentParser(
+        prog=prog,
+        description=_description(config_class),
+        epilog=f"example:  {example}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(config_class)
+    try:
+        namespace = parser.parse_args(resolve(_spell_out(list(args), hints)))
+        values = parser.instantiate(namespace).as_dict()
+        values.pop("config", None)
+        return config_class(**values)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(_one_sentence(str(error), hints, prog)) from error
+
+
+def _description(config_class: type) -> str:
+    text = inspect.cleandoc(config_class.__doc__ or "")
+    return re.split(r"\n\s*(?:Attributes|Args|Raises):", text)[0].strip()
+
+
+def _spell_out(args: list[str], hints: dict[str, Any]) -> list[str]:
+    """From what people type to what the parser reads: ``--flag`` to ``--flag true``, ``1 2`` to ``[1,2]``."""
+    spelled: list[str] = []
+    rest = list(args)
+    while rest:
+        option = rest.pop(0)
+        spelled.append(option)
+        hint = hints.get(option[2:]) if option.startswith("--") else None
+        if hint is None:
+            continue
+        words = []
+        while rest and not rest[0].startswith("--"):
+            words.append(rest.pop(0))
+        element = _element(hint)
+        if hint is bool and not words:
+            words = ["true"]
+        elif element and words and not (len(words) == 1 and re.fullmatch(r"\[.*\]|null", words[0], re.S)):
+            words = [json.dumps(words) if element is str else f"[{', '.join(words)}]"]
+        spelled += words
+    return spelled
+
+
+def _element(hint: Any) -> Any:
+    """The element type of ``list[T]`` or ``list[T] | None``, else None."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is list:
+            return get_args(part)[0]
+    return None
+
+
+def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
+    """The parser's message in the words of the command line."""
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
+    more = f" ('{prog} --help' explains the options)"
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text):
+        name = found.group(1) or found.group(2)
+        return f"unknown option --{name}{suggestion(name, list(hints))} ('{prog} --help' lists all)"
+    if found := re.search(r"unrecognized arguments: (\S+)", text):
+        return f"unexpected argument {found.group(1)!r}: options are written --name value{more}"
+    if found := re.search(r"arguments are required: (.+)", text):
+        return f"missing --{found.group(1).replace(', ', ', --')}{more}"
+    if found := re.search(r'Parser key "([\w.]+)".*(?:Got|Given) value: ?(.*)', text):
+        name, value = found.groups()
+        return f"option --{name} takes {_words(hints.get(name), text)}, not {value!r}{more}"
+    if found := re.search(r"File does not exist: '(.+)'", text):
+        return f"no such config file: {found.group(1)!r}"
+    if found := re.search(r"Problems parsing config: (.+?),? line (\d+)", text):
+        return f"the config file is not valid YAML near line {found.group(2)}"
+    if found := re.search(r"argument (--[\w.]+): expected", text):
+        return f"option {found.group(1)} needs a value{more}"
+    return text + more
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+def _words(hint: Any, text: str) -> str:
+    """A type hint in plain words; for a nested option only the parser's own words are known."""
+    if hint is None:
+        expected = re.search(r"Expected an? (.+?)\. Got", text)
+        kinds = {kind.__name__: words for kind, words in _KINDS.items()}
+        return kinds.get(expected.group(1), expected.group(1)) if expected else "another type"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if element := _element(hint):
+        return f"a list ({_words(element, text)} each)"
+    if get_args(hint) and get_origin(hint) is not dict:
+        return " or ".join(_words(part, text) for part in get_args(hint))
+    return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))

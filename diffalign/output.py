@@ -1,0 +1,61 @@
+"""Output folders: nothing of a user's is lost by accident, and no file is left half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import UserError
+
+
+def prepare(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Create an output folder and make sure that it can be written before any work is done.
+
+    With `overwrite` a folder in use is taken as it is: files of the same name are replaced, others stay.
+
+    Raises:
+        UserError: it holds files and `overwrite` is off, is not a folder, or cannot be written.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not overwrite and any(path.iterdir()):
+            raise UserError(
+                f"output folder {str(path)!r} is not empty; add --overwrite or choose another --output_dir"
+            )
+        probe = path / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{str(path)!r} is not a folder; choose another --output_dir") from error
+    except PermissionError as error:
+        raise UserError(f"no permission to write to {str(path)!r}; choose another --output_dir") from error
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all: a full disk or Ctrl-C leaves the earlier version."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """`write_text` of indented JSON; NaN and infinity become null, which every reader accepts."""
+    return write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
