@@ -1,0 +1,449 @@
+"""Noise schedules: what alpha, sigma and half-log-SNR are at every time, in float64.
+
+A noisy sample is ``x_t = alpha(t) x0 + sigma(t) z`` with ``z ~ N(0, I)``, and
+``lambda(t) = log alpha(t) - log sigma(t)`` grows while sampling. Time ``t`` has the unit in which the network
+is given it, so a timestep of a scheduler, fractional or not, is a valid ``t``:
+
+============  ==================================  =====================  =========
+kind          t                                   noisy end ``t_max``    ``t_min``
+============  ==================================  =====================  =========
+discrete      index of the training step          N - 1                  0
+flow          N * sigma                           N                      1
+vp-linear     time_scale * continuous time        time_scale             1e-3 T
+vp-cosine     time_scale * continuous time        0.9946 time_scale      1e-3 T
+============  ==================================  =====================  =========
+
+``t_min`` is the smallest time at which the network is asked; ``t_clean`` (-1 for discrete schedules, 0 for
+the others) is where sigma is exactly 0, and no time lies beyond it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from diffalign.errors import UserError, suggestion
+
+Array = NDArray[np.float64]
+
+# Relative slack for times and lambdas that rounding has put a hair outside the range.
+_SLACK = 1e-6
+
+
+class NoiseSchedule:
+    """alpha, sigma and lambda as functions of network time. Build one with the class methods.
+
+    Every method takes a float or an array of any shape and returns float64 of that shape. Instances are
+    immutable, picklable and cheap to copy.
+
+    Attributes:
+        kind: ``"discrete"``, ``"flow"``, ``"vp-linear"`` or ``"vp-cosine"``.
+        num_train_timesteps: N, the number of training steps.
+        t_clean, t_min, t_max: see the module's table.
+        shift: the shift of a flow model's training and sampling grid, 1 elsewhere. It moves grid points
+            (:meth:`shifted`), never alpha or sigma at a given time.
+    """
+
+    kind: str
+    num_train_timesteps: int
+    t_clean: float
+    t_min: float
+    t_max: float
+    shift: float = 1.0
+
+    # ---------------------------------------------------------------- construction
+
+    @staticmethod
+    def from_betas(betas: ArrayLike) -> NoiseSchedule:
+        """Discrete schedule of N training steps: ``log alpha_n = 1/2 sum_{m<=n} log(1 - beta_m)``.
+
+        Args:
+            betas: (N,) values in [0, 1); the last may be 1 (zero terminal SNR).
+
+        Raises:
+            UserError: if `betas` is not such an array.
+        """
+        values = np.asarray(betas, dtype=np.float64)
+        if values.ndim != 1 or values.size == 0:
+            raise UserError(f"betas must be a non-empty list of numbers, but have shape {values.shape}")
+        if not np.all((values >= 0) & (values <= 1)) or np.any(values[:-1] == 1):
+            raise UserError(
+                "betas must lie in [0, 1), where only the last may be exactly 1 (zero terminal SNR)"
+            )
+        with np.errstate(divide="ignore"):
+            return _Discrete(0.5 * np.cumsum(np.log1p(-values)))
+
+    @staticmethod
+    def from_alphas_cumprod(alphas_cumprod: ArrayLike) -> NoiseSchedule:
+        """Discrete schedule from ``alpha_n^2``, which diffusers calls ``alphas_cumprod``, of shape (N,)."""
+        values = np.asarray(alphas_cumprod, dtype=np.float64)
+        if values.ndim != 1 or values.size == 0 or not np.all((values >= 0) & (values <= 1)):
+            raise UserError("alphas_cumprod must be a non-empty list of numbers in [0, 1]")
+        with np.errstate(divide="ignore"):
+            return _Discrete(0.5 * np.log(values))
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of any diffusers scheduler config (a dict, a ``FrozenDict``, the JSON as loaded).
+
+        Missing keys have diffusers' defaults. A config is a flow model's when it says so: prediction type
+        ``flow_prediction``, ``use_flow_sigmas``, or a flow-matching class. Else it is discrete, with
+        ``trained_betas`` or one of the named ``beta_schedule`` kinds, and ``rescale_betas_zero_snr``.
+
+        Raises:
+            UserError: for an unknown ``beta_schedule``, bad betas, or a variance-exploding (EDM) config.
+        """
+        if _is_edm(config):
+            raise UserError(
+                "this scheduler config is of the EDM kind (sigma_data), which has no alpha and sigma of "
+                "training steps; pass a DDPM-like or flow-matching scheduler config"
+            )
+        count = int(config.get("num_train_timesteps", 1000))
+        if count < 1:
+            raise UserError(f"num_train_timesteps must be at least 1, but is {count}")
+        if is_flow_config(config):
+            shift = config.get("flow_shift") or config.get("shift") or 1.0
+            return NoiseSchedule.flow(count, shift=float(shift))
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        else:
+            betas = named_betas(
+                str(config.get("beta_schedule", "linear")),
+                count,
+                float(config.get("beta_start", 1e-4)),
+                float(config.get("beta_end", 0.02)),
+            )
+        schedule = NoiseSchedule.from_betas(betas)
+        if config.get("rescale_betas_zero_snr", False):
+            return NoiseSchedule.from_alphas_cumprod(
+                zero_terminal_snr(schedule.alpha(np.arange(len(betas))) ** 2)
+            )
+        return schedule
+
+    @staticmethod
+    def vp_linear(
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        time_scale: float = 1.0,
+        num_train_timesteps: int = 1000,
+    ) -> NoiseSchedule:
+        """Continuous VP, linear beta: ``log alpha = -s^2 (beta_max - beta_min)/4 - s beta_min/2``, 0 < s <= 1.
+
+        The network is given ``t = time_scale * s`` (999 for the published score-SDE models).
+        """
+        if not 0 < beta_min < beta_max:
+            raise UserError(f"need 0 < beta_min < beta_max, but they are {beta_min} and {beta_max}")
+        return _VPLinear(beta_min, beta_max, time_scale, num_train_timesteps)
+
+    @staticmethod
+    def vp_cosine(
+        s: float = 0.008, *, time_scale: float = 1.0, num_train_timesteps: int = 1000
+    ) -> NoiseSchedule:
+        """Continuous VP, ``alpha = cos(pi/2 (u+s)/(1+s)) / cos(pi/2 s/(1+s))``, 0 < u <= 0.9946 (iDDPM)."""
+        return _VPCosine(s, time_scale, num_train_timesteps)
+
+    @staticmethod
+    def flow(num_train_timesteps: int = 1000, *, shift: float = 1.0) -> NoiseSchedule:
+        """Rectified flow: ``alpha = 1 - sigma``, ``t = num_train_timesteps * sigma``."""
+        if not shift > 0:
+            raise UserError(f"the shift of a flow schedule must be above 0, but is {shift}")
+        return _Flow(num_train_timesteps, shift)
+
+    # ---------------------------------------------------------------- the functions of time
+
+    def alpha(self, t: ArrayLike) -> Array:
+        """Signal level at time t. Raises UserError outside ``[t_clean, t_max]``, as all functions of t do."""
+        return self._alpha_sigma(self._checked_time(t))[0]
+
+    def sigma(self, t: ArrayLike) -> Array:
+        """Noise level at time t."""
+        return self._alpha_sigma(self._checked_time(t))[1]
+
+    def alpha_sigma(self, t: ArrayLike) -> tuple[Array, Array]:
+        """Both levels at time t."""
+        return self._alpha_sigma(self._checked_time(t))
+
+    def lambda_(self, t: ArrayLike) -> Array:
+        """Half log-SNR ``log alpha - log sigma`` at time t: +inf at ``t_clean``, -inf where alpha is 0."""
+        return self._lambda(self._checked_time(t))
+
+    def t_of_lambda(self, lambda_: ArrayLike) -> Array:
+        """Inverse of :meth:`lambda_`; +inf gives ``t_clean``. Raises UserError below ``lambda_(t_max)``."""
+        value = np.asarray(lambda_, dtype=np.float64)
+        lowest = float(self._lambda(np.asarray(self.t_max)))
+        if np.any(np.isnan(value)) or np.any(value < lowest - _SLACK * max(1.0, abs(lowest))):
+            raise UserError(
+                f"lambda must be a number of at least {lowest:.4f} (at t = {self.t_max:g}), but is {value}"
+            )
+        return np.clip(self._t_of_lambda(np.maximum(value, lowest)), self.t_clean, self.t_max)[()]
+
+    def t_of_sigma(self, sigma: ArrayLike) -> Array:
+        """Time of a diffusers noise level: sigma/alpha for VP schedules, sigma for flow. 0 gives ``t_clean``."""
+        value = np.asarray(sigma, dtype=np.float64)
+        if np.any(~(value >= 0)):
+            raise UserError(f"sigmas must be numbers of at least 0, but are {value}")
+        with np.errstate(divide="ignore"):
+            return self.t_of_lambda(-np.log(value))
+
+    def sigma_diffusers(self, t: ArrayLike) -> Array:
+        """What diffusers keeps in ``scheduler.sigmas``: sigma/alpha for VP schedules, sigma for flow."""
+        with np.errstate(over="ignore"):
+            return np.exp(-self.lambda_(t))
+
+    def shifted(self, fraction: ArrayLike, shift: float | None = None) -> Array:
+        """Times ``t_max * s u / (1 + (s - 1) u)`` for fractions u in [0, 1] of the noise; s = `shift`."""
+        u = np.asarray(fraction, dtype=np.float64)
+        s = self.shift if shift is None else shift
+        return self.t_max * s * u / (1.0 + (s - 1.0) * u)
+
+    @property
+    def is_flow(self) -> bool:
+        return self.kind == "flow"
+
+    def fingerprint(self) -> str:
+        """64 hex digits that two schedules share when lambda agrees at all training times to 1e-6.
+
+        Statistics fitted to a model are stored with it and refused on another schedule.
+        """
+        times = np.linspace(self.t_min, self.t_max, max(self.num_train_timesteps, 2))
+        lambdas = np.round(np.clip(self._lambda(times), -50.0, 50.0), 6) + 0.0  # +0.0 turns -0.0 into 0.0
+        head = f"{self.kind}:{self.num_train_timesteps}:{self.t_min:.6g}:{self.t_max:.6g}:"
+        return hashlib.sha256(head.encode() + lambdas.astype("<f8").tobytes()).hexdigest()
+
+    def __repr__(self) -> str:
+        first, last = self._lambda(np.array([self.t_max, self.t_min]))
+        return (
+            f"NoiseSchedule({self.kind}, N={self.num_train_timesteps}, t={self.t_max:g}..{self.t_min:g}, "
+            f"lambda={first:.3f}..{last:.3f})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NoiseSchedule):
+            return NotImplemented
+        return self.shift == other.shift and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    # ---------------------------------------------------------------- what a kind provides
+
+    def _alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+    def _lambda(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _t_of_lambda(self, lambda_: Array) -> Array:
+        raise NotImplementedError
+
+    def _checked_time(self, t: ArrayLike) -> Array:
+        value = np.asarray(t, dtype=np.float64)
+        slack = _SLACK * (self.t_max - self.t_clean)
+        if np.any(~((value >= self.t_clean - slack) & (value <= self.t_max + slack))):
+            raise UserError(
+                f"time must lie between {self.t_clean:g} (clean) and {self.t_max:g} (noise) for this "
+                f"{self.kind} schedule, but is {value}"
+            )
+        return np.clip(value, self.t_clean, self.t_max)
+
+
+class _VP(NoiseSchedule):
+    """Variance preserving: everything follows from log alpha and its inverse."""
+
+    def _log_alpha(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _t_of_log_alpha(self, log_alpha: Array) -> Array:
+        raise NotImplementedError
+
+    def _alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        log_alpha = self._log_alpha(t)
+        return np.exp(log_alpha), np.sqrt(-np.expm1(2.0 * log_alpha))
+
+    def _lambda(self, t: Array) -> Array:
+        log_alpha = self._log_alpha(t)
+        with np.errstate(divide="ignore"):
+            return log_alpha - 0.5 * np.log(-np.expm1(2.0 * log_alpha))
+
+    def _t_of_lambda(self, lambda_: Array) -> Array:
+        return self._t_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * lambda_))
+
+
+class _Discrete(_VP):
+    """log alpha piecewise linear in t through the training steps and through (-1, 0), the clean image.
+
+    With zero terminal SNR log alpha ends at -inf; on that last segment *alpha* is linear instead.
+    """
+
+    kind = "discrete"
+
+    def __init__(self, log_alpha: Array) -> None:
+        if np.any(np.diff(log_alpha) > 0):
+            raise UserError("the noise level must not fall from one training step to the next")
+        self.num_train_timesteps = len(log_alpha)
+        self.t_clean, self.t_min, self.t_max = -1.0, 0.0, len(log_alpha) - 1.0
+        self._ends_in_noise = bool(np.isneginf(log_alpha[-1]))
+        finite = log_alpha[:-1] if self._ends_in_noise else log_alpha
+        self._knots = np.concatenate([[0.0], finite])
+        self._times = np.arange(-1.0, len(finite))
+
+    def _log_alpha(self, t: Array) -> Array:
+        inner = np.interp(t, self._times, self._knots)
+        if not self._ends_in_noise:
+            return inner
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tail = self._knots[-1] + np.log(np.clip(self.t_max - t, 0.0, 1.0))
+        return np.where(t > self._times[-1], tail, inner)
+
+    def _t_of_log_alpha(self, log_alpha: Array) -> Array:
+        inner = np.interp(-log_alpha, -self._knots, self._times)
+        if not self._ends_in_noise:
+            return inner
+        tail = self.t_max - np.exp(np.minimum(log_alpha - self._knots[-1], 0.0))
+        return np.where(log_alpha < self._knots[-1], tail, inner)
+
+
+class _VPLinear(_VP):
+    kind = "vp-linear"
+
+    def __init__(self, beta_min: float, beta_max: float, time_scale: float, num_train_timesteps: int) -> None:
+        self._beta_min, self._slope, self._scale = beta_min, beta_max - beta_min, time_scale
+        self.num_train_timesteps = num_train_timesteps
+        self.t_clean, self.t_min, self.t_max = 0.0, 1e-3 * time_scale, time_scale
+
+    def _log_alpha(self, t: Array) -> Array:
+        s = t / self._scale
+        return -0.25 * s * s * self._slope - 0.5 * s * self._beta_min
+
+    def _t_of_log_alpha(self, log_alpha: Array) -> Array:
+        # The root of slope/4 s^2 + beta_min/2 s + log alpha, in the form that does not cancel near s = 0.
+        q = -4.0 * self._slope * log_alpha
+        return self._scale * q / ((np.sqrt(self._beta_min**2 + q) + self._beta_min) * self._slope)
+
+
+class _VPCosine(_VP):
+    kind = "vp-cosine"
+
+    def __init__(self, s: float, time_scale: float, num_train_timesteps: int) -> None:
+        self._s, self._scale = s, time_scale
+        self.num_train_timesteps = num_train_timesteps
+        self._offset = math.log(math.cos(0.5 * math.pi * s / (1 + s)))
+        # Beyond 0.9946 beta would exceed the usual cap (DPM-Solver, appendix D).
+        self.t_clean, self.t_min, self.t_max = 0.0, 1e-3 * time_scale, 0.9946 * time_scale
+
+    def _log_alpha(self, t: Array) -> Array:
+        angle = 0.5 * math.pi * (t / self._scale + self._s) / (1 + self._s)
+        return np.minimum(np.log(np.cos(angle)) - self._offset, 0.0)
+
+    def _t_of_log_alpha(self, log_alpha: Array) -> Array:
+        angle = np.arccos(np.minimum(np.exp(log_alpha + self._offset), 1.0))
+        return self._scale * (2.0 * (1 + self._s) / math.pi * angle - self._s)
+
+
+class _Flow(NoiseSchedule):
+    kind = "flow"
+
+    def __init__(self, num_train_timesteps: int, shift: float) -> None:
+        self.num_train_timesteps, self.shift = num_train_timesteps, shift
+        self.t_clean, self.t_min, self.t_max = 0.0, 1.0, float(num_train_timesteps)
+
+    def _alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        sigma = t / self.num_train_timesteps
+        return 1.0 - sigma, sigma
+
+    def _lambda(self, t: Array) -> Array:
+        sigma = t / self.num_train_timesteps
+        with np.errstate(divide="ignore"):
+            return np.log1p(-sigma) - np.log(sigma)
+
+    def _t_of_lambda(self, lambda_: Array) -> Array:
+        return self.num_train_timesteps * np.exp(-np.logaddexp(0.0, lambda_))
+
+    def t_of_sigma(self, sigma: ArrayLike) -> Array:
+        return self._checked_time(np.asarray(sigma, dtype=np.float64) * self.num_train_timesteps)[()]
+
+    def sigma_diffusers(self, t: ArrayLike) -> Array:
+        return self.sigma(t)
+
+
+# -------------------------------------------------------------------- betas of the diffusers configs
+
+
+def _squaredcos(t: float) -> float:
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(t: float) -> float:
+    log_snr = -0.5 * math.copysign(1.0, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
+    return math.sqrt(1.0 / (1.0 + math.exp(-log_snr)))
+
+
+def _exponential(t: float) -> float:
+    return math.exp(-12.0 * t)
+
+
+def _from_alpha_bar(alpha_bar: Callable[[float], float], count: int) -> Array:
+    grid = [alpha_bar(i / count) for i in range(count + 1)]
+    return np.array([min(1.0 - after / before, 0.999) for before, after in itertools.pairwise(grid)])
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
+    "linear": lambda n, start, end: np.linspace(start, end, n),
+    "scaled_linear": lambda n, start, end: np.linspace(start**0.5, end**0.5, n) ** 2,
+    "sigmoid": lambda n, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6.0, 6.0, n))),
+    "squaredcos_cap_v2": lambda n, start, end: _from_alpha_bar(_squaredcos, n),
+    "laplace": lambda n, start, end: _from_alpha_bar(_laplace, n),
+    "exp": lambda n, start, end: _from_alpha_bar(_exponential, n),
+}
+
+
+def named_betas(name: str, count: int, start: float = 1e-4, end: float = 0.02) -> Array:
+    """(count,) betas of a diffusers ``beta_schedule`` name, in float64.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in BETA_SCHEDULES:
+        raise UserError(
+            f"unknown beta_schedule {name!r}{suggestion(name, list(BETA_SCHEDULES))}; "
+            f"it may be one of {', '.join(BETA_SCHEDULES)}, or pass trained_betas"
+        )
+    return BETA_SCHEDULES[name](count, start, end)
+
+
+def zero_terminal_snr(alphas_cumprod: ArrayLike) -> Array:
+    """Shift and scale sqrt(alphas_cumprod): last one 0, first one kept (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(np.asarray(alphas_cumprod, dtype=np.float64))
+    if len(root) < 2 or root[0] == root[-1]:
+        raise UserError("rescale_betas_zero_snr needs a schedule of at least two different noise levels")
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
+def is_flow_config(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler config describes a flow-matching model (see :meth:`NoiseSchedule.from_config`)."""
+    return (
+        config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas", False))
+        or str(config.get("_class_name", "")).startswith("FlowMatch")
+        or ("shift" in config and "beta_start" not in config)
+    )
+
+
+def _is_edm(config: Mapping[str, Any]) -> bool:
+    return "sigma_data" in config or str(config.get("_class_name", "")).startswith("EDM")
+
+
+__all__: Sequence[str] = [
+    "BETA_SCHEDULES",
+    "NoiseSchedule",
+    "is_flow_config",
+    "named_betas",
+    "zero_terminal_snr",
+]
