@@ -1,0 +1,90 @@
+"""One image cell, whatever a data set keeps there, to an upright 8-bit RGB image."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MIN_SIDE = 8  # pixels; below this a cell holds a tracking pixel or a placeholder, not a picture
+
+
+class BadImage(Exception):
+    """The cell gives no usable image; ``str(error)`` is the reason, one of `BAD_IMAGE`."""
+
+
+BAD_IMAGE = ("missing image", "unreadable image", "tiny image")
+
+
+def load(cell: Any, root: Path) -> bytes | Image.Image:
+    """What a cell holds, not decoded: encoded bytes, or an image that is already in memory.
+
+    `cell` is encoded bytes, a path (relative ones start at `root`), ``{"bytes": ..., "path": ...}`` as
+    ``datasets.Image(decode=False)`` gives it, a PIL image, or a uint8 array (H, W, 3).
+
+    Raises:
+        BadImage: nothing there, or the file can't be read.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, np.ndarray):
+        try:
+            return Image.fromarray(cell)
+        except (TypeError, ValueError) as error:
+            raise BadImage("unreadable image") from error
+    if isinstance(cell, Image.Image):
+        return cell
+    if isinstance(cell, bytes | bytearray | memoryview) and len(cell):
+        return bytes(cell)
+    if isinstance(cell, str | os.PathLike) and str(cell):
+        try:
+            data = (root / cell).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            raise BadImage("missing image") from error
+        if data:
+            return data
+    raise BadImage("missing image")
+
+
+def digest(payload: bytes | Image.Image) -> str:
+    """SHA-256 (hex) of the encoded bytes, or of mode, size and pixels of an image in memory."""
+    if isinstance(payload, bytes):
+        return hashlib.sha256(payload).hexdigest()
+    head = f"{payload.mode} {payload.size} {payload.getexif().get(0x0112, 1)} ".encode()
+    return hashlib.sha256(head + payload.tobytes()).hexdigest()
+
+
+def decode(payload: bytes | Image.Image) -> Image.Image:
+    """Upright RGB: EXIF rotation applied, transparency put on white, other modes and 16 bit converted.
+
+    Of an animation, the first frame. The result never shares memory with `payload`.
+
+    Raises:
+        BadImage: truncated, not an image, or a side below `MIN_SIDE` pixels.
+    """
+    try:
+        image = payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        rgb = _to_rgb(image)
+    except (
+        Exception
+    ) as error:  # decoders of broken files raise nearly anything (struct, zlib, Syntax, OS, ...)
+        raise BadImage("unreadable image") from error
+    if min(rgb.size) < MIN_SIDE:
+        raise BadImage("tiny image")
+    return rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit PNG or TIFF: Pillow's own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
