@@ -152,15 +152,22 @@ def parse(config_class: type, args: Sequence[str], *, prog: str, example: str) -
         UserError: an unknown option (the nearest known one is named), a wrong type, a missing file, or a
             value that the dataclass itself refuses with a ``ValueError``.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
     from diffalign.configs import resolve
+
+    class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the line breaks of the description and of the example."""
 
     hints = get_type_hints(config_class)
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} [options]",
+        formatter_class=Help,
         description=_description(config_class),
-        epilog=f"example:  {example}",
+        epilog=f"example:\n  {example}",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -222,7 +229,8 @@ def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
     more = f" ('{prog} --help' explains the options)"
     if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text):
         name = found.group(1) or found.group(2)
-        return f"unknown option --{name}{suggestion(name, list(hints))} ('{prog} --help' lists all)"
+        nearest = suggestion(f"--{name}", [f"--{known}" for known in hints])
+        return f"unknown option --{name}{nearest} ('{prog} --help' lists all)"
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         return f"unexpected argument {found.group(1)!r}: options are written --name value{more}"
     if found := re.search(r"arguments are required: (.+)", text):
@@ -234,7 +242,7 @@ def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
         return f"no such config file: {found.group(1)!r}"
     if found := re.search(r"Problems parsing config: (.+?),? line (\d+)", text):
         return f"the config file is not valid YAML near line {found.group(2)}"
-    if found := re.search(r"argument (--[\w.]+): expected", text):
+    if found := re.search(r"argument (--[\w.]+)\S*: expected", text):
         return f"option {found.group(1)} needs a value{more}"
     return text + more
 

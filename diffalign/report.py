@@ -26,6 +26,18 @@ def png_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 as a PNG file, whole or not at all."""
+    from PIL import Image
+
+    part = path.with_name(f".{path.name}.part")
+    try:
+        Image.fromarray(image).save(part, "PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def figure_uri(figure: Figure) -> str:
     """A matplotlib figure to an SVG data URI (sharp at any zoom, text stays text)."""
     import matplotlib.pyplot as plt
