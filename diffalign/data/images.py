@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MIN_SIDE = 8  # pixels; below this a cell holds a tracking pixel or a placeholder, not a picture
 
@@ -52,11 +52,26 @@ def load(cell: Any, root: Path) -> bytes | Image.Image:
 
 
 def digest(payload: bytes | Image.Image) -> str:
-    """SHA-256 (hex) of the encoded bytes, or of mode, size and pixels of an image in memory."""
+    """SHA-256 (hex) of the encoded bytes, or of all that decides the look of an image in memory.
+
+    Raises:
+        BadImage: an image opened from a broken file that Pillow reads only now.
+    """
     if isinstance(payload, bytes):
         return hashlib.sha256(payload).hexdigest()
-    head = f"{payload.mode} {payload.size} {payload.getexif().get(0x0112, 1)} ".encode()
-    return hashlib.sha256(head + payload.tobytes()).hexdigest()
+    try:
+        pixels = payload.tobytes()
+        orientation = payload.getexif().get(ExifTags.Base.Orientation, 1)
+        looks = (
+            payload.mode,
+            payload.size,
+            payload.getpalette(),
+            payload.info.get("transparency"),
+            orientation,
+        )
+    except Exception as error:  # as in `decode`
+        raise BadImage("unreadable image") from error
+    return hashlib.sha256(repr(looks).encode() + pixels).hexdigest()
 
 
 def decode(payload: bytes | Image.Image) -> Image.Image:
@@ -72,9 +87,7 @@ def decode(payload: bytes | Image.Image) -> Image.Image:
         image.load()
         image = ImageOps.exif_transpose(image)
         rgb = _to_rgb(image)
-    except (
-        Exception
-    ) as error:  # decoders of broken files raise nearly anything (struct, zlib, Syntax, OS, ...)
+    except Exception as error:  # decoders of broken files raise nearly anything (OS, Syntax, struct, zlib)
         raise BadImage("unreadable image") from error
     if min(rgb.size) < MIN_SIDE:
         raise BadImage("tiny image")

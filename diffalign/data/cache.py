@@ -1,0 +1,326 @@
+"""Latents and text embeddings of a preference set, computed once.
+
+In a training step the image encoder costs about as much as a forward pass of the denoiser, and its results
+never change. An image is known by its content: SHA-256 of its bytes, with crop and flip, in a store named
+after encoder, resolution and dtype. So a cache survives reordering, serves a grown data set for the price of
+the new rows, and goes on where a killed process left it, with the same batches and so the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data.pairs import PairDataset
+from diffalign.data.shards import ShardedRows, ShardStore
+from diffalign.data.transforms import PairTransform, View, fit, size_of
+from diffalign.errors import RunFailed, UserError
+
+SHARD_ROWS = 256  # rows that a killed process may lose; SDXL moments of 1024 px in fp16: 128 MB
+GIB = 2**30
+
+EncodeImages = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+EncodePrompts = Callable[[list[str]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """Encoded pairs by index.
+
+    Attributes:
+        ids: id of each pair.
+        prompts: prompt of each pair.
+        preference: (N,) float32, probability that the chosen image is the better one.
+        in_memory: whether `latents`, `std` and `cond` are tensors; otherwise use :meth:`batch`.
+        joint_flip: whether a drawn flip applies to both images of a pair.
+    """
+
+    ids: list[str]
+    prompts: list[str]
+    preference: Tensor
+    in_memory: bool
+    joint_flip: bool
+    _images: dict[str, Tensor | ShardedRows] = field(repr=False)  # (variants * N * 2, ...)
+    _cond: dict[str, Tensor | ShardedRows] = field(repr=False)  # (distinct prompts, ...)
+    _prompt_index: Tensor = field(repr=False)  # (N,) int64
+    _variants: int = 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row of :meth:`batch` without a generator: latents (2, C, h, w), cond {name: (...)}, ..."""
+        row = self.batch([range(len(self))[index]])
+        return {name: v[0] if name != "cond" else {k: c[0] for k, c in v.items()} for name, v in row.items()}
+
+    def batch(
+        self, indices: Iterable[int] | Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """The pairs at `indices` (B of them), on the CPU.
+
+        With a CPU `generator`, latents are sampled from their moments (where the encoder gave moments) and
+        mirrored variants are drawn (where cached); without, they are the mean of the unmirrored images.
+
+        Returns:
+            ``latents`` (B, 2, C, h, w) float32, chosen then rejected; ``cond`` {name: (B, ...)} as stored;
+            ``preference`` (B,) float32; ``original_size`` and ``crop_top_left`` (B, 2, 2) int64, each
+            (height, width) or (top, left) in pixels of the chosen and of the rejected image.
+        """
+        index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.long)
+        flip = torch.zeros(len(index), 2, dtype=torch.long)
+        if generator is not None and self._variants == 2:
+            flip = torch.randint(2, (len(index), 2), generator=generator)
+            flip = flip[:, :1].expand(-1, 2) if self.joint_flip else flip
+        rows = ((flip * len(self) + index[:, None]) * 2 + torch.arange(2)).flatten()
+        images = {name: values[rows].unflatten(0, (-1, 2)) for name, values in self._images.items()}
+        latents = images["latents"].float()
+        if generator is not None and "std" in images:
+            latents += images["std"].float() * torch.randn(latents.shape, generator=generator)
+        return {
+            "latents": latents,
+            "cond": {name: values[self._prompt_index[index]] for name, values in self._cond.items()},
+            "preference": self.preference[index],
+            "original_size": images["original_size"].long(),
+            "crop_top_left": images["crop_top_left"].long(),
+        }
+
+    @property
+    def latents(self) -> Tensor:
+        """(N, 2, C, h, w) in the dtype of the cache: chosen then rejected, unmirrored; means of moments."""
+        return self._whole(self._images["latents"])[: 2 * len(self)].unflatten(0, (-1, 2))
+
+    @property
+    def std(self) -> Tensor | None:
+        """(N, 2, C, h, w), standard deviation of the encoder's posterior; None if it gave plain latents."""
+        if "std" not in self._images:
+            return None
+        return self._whole(self._images["std"])[: 2 * len(self)].unflatten(0, (-1, 2))
+
+    @property
+    def cond(self) -> dict[str, Tensor]:
+        """{name: (distinct prompts, ...)}; row `prompt_index[i]` belongs to pair `i`."""
+        return {name: self._whole(values) for name, values in self._cond.items()}
+
+    @property
+    def prompt_index(self) -> Tensor:
+        """(N,) int64: which row of `cond` each pair uses."""
+        return self._prompt_index
+
+    def _whole(self, values: Tensor | ShardedRows) -> Tensor:
+        if isinstance(values, ShardedRows):
+            raise RuntimeError("this cache is larger than memory_limit and stays on disk: use batch()")
+        return values
+
+
+def cached_pairs(
+    dataset: PairDataset,
+    folder: str | Path | None = None,
+    *,
+    encode_images: EncodeImages,
+    encode_prompts: EncodePrompts,
+    key: Mapping[str, Any],
+    resolution: int | tuple[int, int],
+    center_crop: bool = True,
+    random_flip: bool = False,
+    joint: bool = True,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float16,
+    memory_limit: int = 8 * GIB,
+    progress: bool = True,
+) -> CachedPairs:
+    """Encode what the cache in `folder` lacks, and open it.
+
+    Args:
+        dataset: the pairs. A bad row is replaced as ``dataset[i]`` replaces it.
+        folder: where the cache lives; several models, resolutions and data sets may share one. None keeps it
+            in memory. With several processes let one build it while the others wait.
+        encode_images: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) in the units
+            that the denoiser sees, or ``{"mean": ..., "std": ...}`` of the same shape and units, which keeps
+            sampling stochastic.
+        encode_prompts: B prompts -> {name: (B, ...)}, of a length that does not depend on the prompts.
+        key: what the encoders are, as JSON values (model name, weights hash, dtype...): another key, another
+            cache entry. Encoders whose weights change must change it.
+        resolution: side of a square or (height, width), in pixels.
+        center_crop: centre; otherwise one place per pair, drawn from the images' content.
+        random_flip: cache both variants, from which :meth:`CachedPairs.batch` draws.
+        joint: same crop and flip for both images of a pair.
+        batch_size: images, or prompts, per call of an encoder.
+        dtype: of stored floating-point values; arithmetic after it is float32.
+        memory_limit: bytes; images or embeddings that take more stay on disk and are read per batch.
+        progress: show a bar.
+
+    Raises:
+        UserError: `key` is not JSON, or no pair is usable.
+        RunFailed: an encoder gave a value that is not finite, or too large for `dtype`.
+        ValueError: an encoder gave a wrong number of rows, or rows of changing shape.
+    """
+    transform = PairTransform(resolution, center_crop, random_flip, joint)
+    encoders = {"key": dict(key), "dtype": str(dtype).removeprefix("torch.")}
+    images = _store(folder, "images", encoders | {"resolution": list(size_of(resolution))})
+    texts = _store(folder, "prompts", encoders)
+    walk = _Walk(dataset, transform, images, progress)
+
+    def encode_fitted(batch: list[Any]) -> dict[str, Tensor]:
+        encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
+        named = {"latents": encoded} if isinstance(encoded, Tensor) else dict(encoded)
+        if "mean" in named:
+            named["latents"] = named.pop("mean")
+        if not {"latents"} <= set(named) <= {"latents", "std"}:
+            raise ValueError(f"encode_images must give latents, or mean and std, not {sorted(named)}")
+        return named | {
+            "original_size": torch.tensor([fitted.original_size for fitted in batch], dtype=torch.int32),
+            "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
+        }
+
+    _fill(images, walk, encode_fitted, batch_size, dtype, "image")
+    prompts = list(dict.fromkeys(walk.prompts))
+    bar = tqdm(prompts, "encode prompts", disable=not progress, unit="prompt")
+    missing = ((_hash(p), p) for p in bar if _hash(p) not in texts)
+    _fill(texts, missing, lambda batch: dict(encode_prompts(batch)), batch_size, dtype, "text")
+
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    by_variant = zip(*walk.keys, strict=True)
+    image_keys = [key for variant in by_variant for two in variant for key in two]
+    image_rows = images.rows(image_keys, memory_limit)
+    cond = texts.rows([_hash(prompt) for prompt in prompts], memory_limit)
+    return CachedPairs(
+        ids=walk.ids,
+        prompts=walk.prompts,
+        preference=torch.tensor(walk.preferences, dtype=torch.float32),
+        in_memory=not any(isinstance(rows, ShardedRows) for rows in (image_rows | cond).values()),
+        joint_flip=joint,
+        _images=image_rows,
+        _cond=cond,
+        _prompt_index=torch.tensor([number[prompt] for prompt in walk.prompts]),
+        _variants=1 + random_flip,
+    )
+
+
+class _Walk:
+    """Goes over the pairs once: yields (key, fitted image) of what the store lacks, and notes every pair.
+
+    Images that the store knows are not decoded: their bytes are hashed, and that they are good is known.
+    """
+
+    def __init__(
+        self, dataset: PairDataset, transform: PairTransform, store: ShardStore, progress: bool
+    ) -> None:
+        self._dataset, self._transform, self._store, self._progress = dataset, transform, store, progress
+        self._crop = PairTransform(transform.resolution, transform.center_crop, False, transform.joint)
+        self.ids: list[str] = []
+        self.prompts: list[str] = []
+        self.preferences: list[float] = []
+        self.keys: list[list[tuple[str, str]]] = []  # per pair, per variant: (chosen, rejected)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        known: set[str] = set()
+        ids, prompts, preferences = self._dataset.ids, self._dataset.prompts, self._dataset.preferences
+        bar = tqdm(range(len(self._dataset)), "encode images", disable=not self._progress, unit="pair")
+        for index in bar:
+            digests = self._dataset.digests(index)
+            views = self._views(digests) if digests else []
+            if digests and all(
+                _hash(d, *v) in self._store for two in views for d, v in zip(digests, two, strict=True)
+            ):
+                self._note(ids[index], prompts[index], preferences[index], digests, views)
+                continue
+            pair = self._dataset[index]
+            views = self._views(pair.digests)
+            self._note(pair.id, pair.prompt, pair.preference, pair.digests, views)
+            for two in views:
+                for image, digest, view in zip((pair.chosen, pair.rejected), pair.digests, two, strict=True):
+                    key = _hash(digest, *view)
+                    if key not in self._store and key not in known:
+                        known.add(key)
+                        yield key, fit(image, self._transform.resolution, view)
+
+    def _views(self, digests: tuple[str, str]) -> list[tuple[View, View]]:
+        seed = int(_hash(*digests)[:15], 16)
+        one, other = self._crop.draw(torch.Generator().manual_seed(seed))
+        flips = (False, True) if self._transform.random_flip else (False,)
+        return [(one._replace(flip=flip), other._replace(flip=flip)) for flip in flips]
+
+    def _note(self, name: str, prompt: str, preference: float, digests: tuple[str, str], views: list) -> None:
+        self.ids.append(name)
+        self.prompts.append(prompt)
+        self.preferences.append(preference)
+        self.keys.append([(_hash(digests[0], *one), _hash(digests[1], *other)) for one, other in views])
+
+
+def _fill(
+    store: ShardStore,
+    items: Iterable[tuple[str, Any]],
+    encode: Callable[[list[Any]], dict[str, Tensor]],
+    batch_size: int,
+    dtype: torch.dtype,
+    what: str,
+) -> None:
+    """Encode `items` into shards of `SHARD_ROWS`.
+
+    No batch crosses a shard, so that a resumed run makes the same batches as an undisturbed one.
+    """
+    keys: list[str] = []
+    waiting: list[Any] = []
+    encoded: list[dict[str, Tensor]] = []
+
+    def encode_waiting() -> None:
+        if waiting:
+            with torch.no_grad():
+                named = encode(waiting)
+            encoded.append({k: _stored(k, v, len(waiting), dtype, what) for k, v in named.items()})
+            waiting.clear()
+
+    def write() -> None:
+        encode_waiting()
+        if keys:
+            store.add(keys, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]})
+            keys.clear()
+            encoded.clear()
+
+    for key, item in items:
+        keys.append(key)
+        waiting.append(item)
+        if len(waiting) == batch_size:
+            encode_waiting()
+        if len(keys) == SHARD_ROWS:
+            write()
+    write()
+
+
+def _stored(name: str, values: Tensor, rows: int, dtype: torch.dtype, what: str) -> Tensor:
+    if values.shape[:1] != (rows,):
+        raise ValueError(f"the {what} encoder gave {name} of shape {tuple(values.shape)} for {rows} inputs")
+    if not values.is_floating_point():
+        return values.cpu()
+    values = values.detach().to("cpu", dtype)
+    if not values.isfinite().all():
+        raise RunFailed(
+            f"the {what} encoder gave {name} that are not finite in {dtype}; load it in float32 "
+            "(the SDXL autoencoder overflows in float16) or keep the cache in another dtype"
+        )
+    return values
+
+
+def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> ShardStore:
+    try:
+        text = json.dumps(settings, sort_keys=True)
+    except TypeError as error:
+        raise UserError(f"the key of a cache must be JSON values: {error}") from error
+    if folder is None:
+        return ShardStore(None)
+    place = Path(folder) / f"{kind}-{_hash(text)[:16]}"
+    store = ShardStore(place)
+    (place / "settings.json").write_text(text + "\n")
+    return store
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
