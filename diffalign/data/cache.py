@@ -23,6 +23,7 @@ from diffalign.data.pairs import PairDataset
 from diffalign.data.shards import ShardedRows, ShardStore
 from diffalign.data.transforms import PairTransform, View, fit, size_of
 from diffalign.errors import RunFailed, UserError
+from diffalign.output import write_json
 
 SHARD_ROWS = 256  # rows that a killed process may lose; SDXL moments of 1024 px in fp16: 128 MB
 GIB = 2**30
@@ -155,7 +156,7 @@ def cached_pairs(
         batch_size: images, or prompts, per call of an encoder.
         dtype: of stored floating-point values; arithmetic after it is float32.
         memory_limit: bytes; images or embeddings that take more stay on disk and are read per batch.
-        progress: show a bar.
+        progress: show a bar where there is a terminal.
 
     Raises:
         UserError: `key` is not JSON, or no pair is usable.
@@ -182,7 +183,7 @@ def cached_pairs(
 
     _fill(images, walk, encode_fitted, batch_size, dtype, "image")
     prompts = list(dict.fromkeys(walk.prompts))
-    bar = tqdm(prompts, "encode prompts", disable=not progress, unit="prompt")
+    bar = tqdm(prompts, "encode prompts", disable=None if progress else True, unit="prompt")
     missing = ((_hash(p), p) for p in bar if _hash(p) not in texts)
     _fill(texts, missing, lambda batch: dict(encode_prompts(batch)), batch_size, dtype, "text")
 
@@ -223,7 +224,9 @@ class _Walk:
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         known: set[str] = set()
         ids, prompts, preferences = self._dataset.ids, self._dataset.prompts, self._dataset.preferences
-        bar = tqdm(range(len(self._dataset)), "encode images", disable=not self._progress, unit="pair")
+        bar = tqdm(
+            range(len(self._dataset)), "encode images", disable=None if self._progress else True, unit="pair"
+        )
         for index in bar:
             digests = self._dataset.digests(index)
             views = self._views(digests) if digests else []
@@ -318,7 +321,7 @@ def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> Sh
         return ShardStore(None)
     place = Path(folder) / f"{kind}-{_hash(text)[:16]}"
     store = ShardStore(place)
-    (place / "settings.json").write_text(text + "\n")
+    write_json(place / "settings.json", settings)
     return store
 
 

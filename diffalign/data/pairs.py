@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Ties = Literal["drop", "soft", "error"]
 # Rows left out because of what the voters said. Everything else that is skipped counts as damage.
 NO_VERDICT = ("tie", "no label")
-LOUD = 10  # skipped rows that are logged one by one; the rest are only counted
+LOUD = 10  # replaced rows that are logged as warnings; the rest are only counted
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ class PairDataset(Sequence[Pair]):
         self, table: Table, columns: Mapping[str, str], rows: list[_Row], skipped: dict[int, BadRow]
     ) -> None:
         self._table, self._columns, self._rows, self._skipped = table, columns, rows, skipped
-        self._first, self._second = (
-            ("chosen", "rejected") if "chosen" in columns else ("image_0", "image_1")
-        )  # role names
+        self._sides = ("chosen", "rejected") if "chosen" in columns else ("image_0", "image_1")
+        self._told: set[int] = set()
 
     @classmethod
     def from_lists(
@@ -116,9 +115,12 @@ class PairDataset(Sequence[Pair]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         index = range(len(self))[index]  # IndexError and negative numbers as a list has them
+        wanted = self._rows[index]
         for step in range(len(self)):
             pair = self.read((index + step) % len(self))
             if isinstance(pair, Pair):
+                if step and wanted.number not in self._told:
+                    self._tell(self._skipped[wanted.number], pair)
                 return pair
         raise UserError(f"{self._table.name} has no usable pair left: {self.summary()}")
 
@@ -208,7 +210,7 @@ class PairDataset(Sequence[Pair]):
         return f"{text} (left out: {reasons(self.skipped)})" if self._skipped else text
 
     def _payloads(self, row: _Row) -> list[bytes | Image.Image]:
-        cells = [self._table.cell(row.number, self._columns[role]) for role in (self._first, self._second)]
+        cells = [self._table.cell(row.number, self._columns[role]) for role in self._sides]
         return [images.load(cell, self._table.root) for cell in cells]
 
     def _preference(self, row: _Row) -> float:
@@ -216,9 +218,12 @@ class PairDataset(Sequence[Pair]):
 
     def _skip(self, row: _Row, reason: str) -> BadRow:
         bad = self._skipped[row.number] = BadRow(row.number, row.id, reason)
-        if len(self._skipped) <= LOUD:
-            logger.warning("%s: %s is skipped: %s", self._table.name, row.id, reason)
         return bad
+
+    def _tell(self, bad: BadRow, stand_in: Pair) -> None:
+        self._told.add(bad.row)
+        level = logging.WARNING if len(self._told) <= LOUD else logging.DEBUG
+        logger.log(level, "%s: %s (%s) is replaced by %s", self._table.name, bad.id, bad.reason, stand_in.id)
 
 
 def open_pairs(
