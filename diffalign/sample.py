@@ -48,7 +48,7 @@ class SampleConfig:
     prompt_file: str | None = None
     negative_prompt: str | None = None
     solver: str | None = None
-    solver_options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    solver_options: dict[str, int | float | bool | str] = field(default_factory=dict)
     steps: int = 20
     guidance: float = 5.0
     seeds: list[int] = field(default_factory=lambda: [0])

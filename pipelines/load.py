@@ -91,7 +91,7 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(
                 source, torch_dtype=getattr(torch, name), revision=revision, variant=variant
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the model {model!r}: {reason}") from error
     if lora is not None:
