@@ -1,0 +1,1 @@
+"""Reward models: how good is an image for a prompt?"""
