@@ -1,1 +1,86 @@
-"""Few-step samplers as diffusers schedulers."""
+"""Few-step samplers as diffusers schedulers: ``pipe.scheduler = X.from_config(pipe.scheduler.config)``.
+
+Names load on first use. ``SOLVERS`` maps the name of a method to its class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    from diffalign.solvers.mixture import GaussianMixture
+
+    from diffalign.solvers.ddim import DDIMScheduler
+    from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
+    from diffalign.solvers.noise import NoiseSchedule
+    from diffalign.solvers.sampling import sample
+    from diffalign.solvers.scheduler import PlanScheduler
+
+_SCHEDULERS = {
+    "ddim": ("ddim", "DDIMScheduler"),
+    "dpm-solver++": ("dpm_solver_pp", "DPMSolverPPScheduler"),
+}
+_OTHERS = {
+    "GaussianMixture": "mixture",
+    "NoiseSchedule": "noise",
+    "PlanScheduler": "scheduler",
+    "sample": "sampling",
+}
+_LAZY = {**_OTHERS, **{name: module for module, name in _SCHEDULERS.values()}}
+
+
+class _Registry(Mapping[str, type]):
+    """Read-only mapping from the name of a method to its scheduler class, imported when asked for."""
+
+    def __getitem__(self, name: str) -> type:
+        if name not in _SCHEDULERS:
+            raise UnknownSolver(
+                f"unknown solver {name!r}{suggestion(str(name), list(self))}; "
+                f"it may be one of {', '.join(self)}"
+            )
+        module, attribute = _SCHEDULERS[name]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _SCHEDULERS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_SCHEDULERS)
+
+    def __len__(self) -> int:
+        return len(_SCHEDULERS)
+
+
+class UnknownSolver(UserError, KeyError):
+    """A name that is not in ``SOLVERS``."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+SOLVERS: Mapping[str, type] = _Registry()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "SOLVERS",
+    "DDIMScheduler",
+    "DPMSolverPPScheduler",
+    "GaussianMixture",
+    "NoiseSchedule",
+    "PlanScheduler",
+    "sample",
+]

@@ -134,7 +134,7 @@ class NoiseSchedule:
         time_scale: float = 1.0,
         num_train_timesteps: int = 1000,
     ) -> NoiseSchedule:
-        """Continuous VP, linear beta: ``log alpha = -s^2 (beta_max - beta_min)/4 - s beta_min/2``, 0 < s <= 1.
+        """Continuous VP, linear beta: ``log alpha = -s^2 (beta_max - beta_min)/4 - s beta_min/2``, s <= 1.
 
         The network is given ``t = time_scale * s`` (999 for the published score-SDE models).
         """
@@ -185,7 +185,7 @@ class NoiseSchedule:
         return np.clip(self._t_of_lambda(np.maximum(value, lowest)), self.t_clean, self.t_max)[()]
 
     def t_of_sigma(self, sigma: ArrayLike) -> Array:
-        """Time of a diffusers noise level: sigma/alpha for VP schedules, sigma for flow. 0 gives ``t_clean``."""
+        """Time of a diffusers noise level: sigma/alpha for VP schedules, sigma for flow."""
         value = np.asarray(sigma, dtype=np.float64)
         if np.any(~(value >= 0)):
             raise UserError(f"sigmas must be numbers of at least 0, but are {value}")

@@ -1,0 +1,53 @@
+"""The sampling loop, for tests, benchmarks and pixel models."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample(
+    model_fn: ModelFn,
+    noise: Tensor,
+    scheduler: Any,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate from `noise` to a sample with any diffusers-like scheduler, ours or theirs.
+
+    Args:
+        model_fn: ``(x, t) -> output`` in the scheduler's prediction type; t is a 0-d element of
+            ``timesteps``.
+        noise: (B, ...) standard normal.
+        scheduler: its ``set_timesteps`` is called, so it may have been used before.
+        num_inference_steps: number of steps, or
+        timesteps: custom times.
+        generator: for schedulers with noise; one, or one per image.
+        callback: called as ``callback(i, t, x)`` with the sample after step i.
+
+    Returns:
+        The sample, of the shape, dtype and device of `noise`. Differentiable unless the caller turns that
+        off.
+    """
+    extra: dict[str, Any] = {} if timesteps is None else {"timesteps": timesteps}
+    if num_inference_steps is not None:
+        extra["num_inference_steps"] = num_inference_steps
+    scheduler.set_timesteps(device=noise.device, **extra)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_arguments = {"generator": generator} if takes_generator and generator is not None else {}
+    x = noise * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        output = model_fn(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(output, t, x, return_dict=False, **step_arguments)[0]
+        if callback is not None:
+            callback(i, t, x)
+    return x

@@ -1,0 +1,448 @@
+"""What every scheduler of this package shares: the diffusers contract, written once over a plan.
+
+A subclass lists its options in ``__init__`` (decorated with ``register_to_config``, body ``self._setup()``)
+and implements ``_plan(times)``. Everything else is here: configs, grids, timesteps, the step, noising.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffalign.errors import UserError, suggestion
+from diffalign.solvers import grids
+from diffalign.solvers.noise import NoiseSchedule, is_flow_config
+from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
+from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
+
+Array = NDArray[np.float64]
+
+# At alpha = 0 (zero terminal SNR) no data can be read from epsilon. diffusers uses alphas_cumprod = 2^-24
+# there.
+_ALPHA_FLOOR = 2.0**-12
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):
+    """Base of the schedulers: computes a plan in ``set_timesteps``, executes one row of it in ``step``.
+
+    Attributes:
+        schedule: the :class:`~diffalign.solvers.noise.NoiseSchedule` of the config.
+        timesteps: (n,) on the device given to ``set_timesteps``: int64 where all are whole numbers, else
+            float32. ``n == num_inference_steps`` is the number of network evaluations.
+        sigmas: (n + 1,) float32 on the host, in diffusers' unit.
+    """
+
+    config: Any
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    #: The kind of prediction that the rows combine: "sample" (data form) or "epsilon" (noise form).
+    form: ClassVar[str] = "sample"
+    #: Whether diffusers' grid of this method leaves out the end point of n + 1 (its multistep classes do).
+    _grid_with_end: ClassVar[bool] = True
+
+    # ------------------------------------------------------------ construction and configs
+
+    def _setup(self) -> None:
+        """Check the options and get ready; to be called at the end of ``__init__``."""
+        config = self.config
+        check_prediction_type(config.prediction_type)
+        _check_choice("grid", config.grid, grids.GRIDS)
+        _check_choice("timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
+        grids.flagged_grid(config)
+        self.schedule = NoiseSchedule.from_config(config)
+        if self.schedule.is_flow and config.prediction_type == "epsilon":
+            raise UserError("a flow schedule needs prediction_type='flow_prediction' (or 'sample')")
+        if config.grid == "flow" and not self.schedule.is_flow:
+            raise UserError("grid='flow' is for flow models; use 'auto' for this noise schedule")
+        if self.schedule.is_flow and not config.use_flow_sigmas:
+            # Pipelines of flow models read this flag to know that the scheduler makes its own sigmas.
+            self.register_to_config(use_flow_sigmas=True)
+        if not 0.0 < config.dynamic_thresholding_ratio <= 1.0:
+            raise UserError(
+                f"dynamic_thresholding_ratio must lie in (0, 1], but is {config.dynamic_thresholding_ratio}"
+            )
+        if config.sample_max_value < 1.0:
+            raise UserError(f"sample_max_value must be at least 1, but is {config.sample_max_value}")
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        top = round(self.schedule.t_max)
+        self.timesteps = torch.arange(top, top - self.schedule.num_train_timesteps, -1)
+        self.sigmas = self._diffusers_sigmas(self.timesteps.double().numpy())
+        self._times: Array | None = None
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+
+    @classmethod
+    def _translated(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Another scheduler's config in the terms of this class."""
+        if config.get("invert_sigmas"):
+            raise UserError("flow schedulers with inverted sigmas (Mochi) are not supported")
+        # diffusers would drop every value that its own class happened to have as default, edited or not.
+        config.pop("_use_default_values", None)
+        if is_flow_config(config):
+            config.update(
+                prediction_type="sample" if config.get("prediction_type") == "sample" else "flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=NoiseSchedule.from_config(config).shift,
+            )
+        return config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler with the options of any diffusers scheduler's config; ``kwargs`` override."""
+        if isinstance(config, Mapping):
+            config = cls._translated(dict(config))
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """(N,) float32: alpha^2 of the training steps (of a flow model: at its N training times)."""
+        times = np.arange(self.schedule.num_train_timesteps) + self.schedule.t_min
+        return torch.from_numpy(self.schedule.alpha(times) ** 2).float()
+
+    # ------------------------------------------------------------ what a subclass decides
+
+    def _plan(self, times: Array) -> Plan:
+        """The rows for ``times``: n evaluations and the end, strictly decreasing."""
+        raise NotImplementedError
+
+    def _final(self) -> str:
+        """``"zero"`` or ``"sigma_min"``: where sampling ends."""
+        return self.config.final_sigmas_type
+
+    def _auto_times(self, count: int, start: float) -> Array:
+        """What ``grid="auto"`` means for this method."""
+        return grids.auto_times(self.schedule, count, final=self._final(), start=start)
+
+    def _transform(self, m: Tensor) -> Tensor:
+        """Applied to the data prediction before it is used or kept, where :meth:`_transforms` says so."""
+        return threshold(m, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+
+    def _transforms(self) -> bool:
+        return bool(self.config.thresholding)
+
+    def _conversion(self, time: float) -> tuple[Coefficient, Coefficient]:
+        """``(convert_x, convert_o)`` of the network's output at `time` to :attr:`form`."""
+        alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(time))
+        return coefficients(self.config.prediction_type, self.form, max(alpha, _ALPHA_FLOOR), sigma)
+
+    # ------------------------------------------------------------ timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the times of a run and plan it. Forgets the last run.
+
+        Args:
+            num_inference_steps: number of network evaluations.
+            device: of ``timesteps``.
+            timesteps: custom times, decreasing, fractional ones included, used as they are.
+            sigmas: custom noise levels in diffusers' unit (sigma/alpha; sigma for flow); a last 0 is the end.
+            mu: resolution-dependent shift of a flow model's grid, and of `sigmas` where both are given.
+
+        Raises:
+            UserError: unless exactly one of the three says how many steps there are, and for bad values.
+        """
+        given = [n for n, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None]
+        if len(given) == 2:
+            raise UserError("pass timesteps or sigmas to set_timesteps, not both")
+        if not given and num_inference_steps is None:
+            raise UserError("set_timesteps needs num_inference_steps, timesteps or sigmas")
+        if mu is not None and not self.schedule.is_flow:
+            raise UserError("mu shifts the grid of a flow model, but this is not a flow schedule")
+        shift = None if mu is None else self._shift_of_mu(mu)
+        if timesteps is not None:
+            times = grids.custom_times(self.schedule, _host(timesteps), final=self._final())
+        elif sigmas is not None:
+            times = grids.custom_sigmas(self.schedule, _host(sigmas), final=self._final(), shift=shift)
+        else:
+            times = self._grid_times(_positive_int(num_inference_steps), shift)
+        self._times = self._evaluations(grids.checked(times))
+        evaluations = self._times[:-1]
+        self.num_inference_steps = len(evaluations)
+        self._host_times = [float(t) for t in evaluations]
+        whole = bool(np.all(evaluations == np.round(evaluations)))
+        self.timesteps = torch.tensor(
+            evaluations, dtype=torch.int64 if whole else torch.float32, device=device
+        )
+        self.sigmas = self._diffusers_sigmas(self._times)
+        self._begin_index = None
+        self._step_index = None
+        self._start_at(0)
+
+    def _evaluations(self, times: Array) -> Array:
+        """Times at which the network is asked, and the end, for grid points `times`; stages may be added."""
+        return times
+
+    def _grid_times(self, count: int, shift: float | None) -> Array:
+        config, schedule, final = self.config, self.schedule, self._final()
+        start = self._start_time()
+        name = config.grid
+        if name == "auto" and not schedule.is_flow:
+            name = grids.flagged_grid(config) or name
+        if name == "flow" or (schedule.is_flow and name in ("auto", "diffusers")):
+            return grids.flow_times(
+                schedule,
+                count,
+                final=final,
+                shift=schedule.shift if shift is None else shift,
+                shift_terminal=config.get("shift_terminal"),
+            )
+        if name == "auto":
+            return self._auto_times(count, start)
+        if name == "diffusers":
+            return grids.diffusers_times(
+                schedule, count, config, final=final, start=start, with_end=self._grid_with_end
+            )
+        return grids.named_times(schedule, name, count, final=final, start=start)
+
+    def _start_time(self) -> float:
+        """The noisy end: ``t_max``, or the last training step with lambda above ``lambda_min_clipped``."""
+        clip = self.config.get("lambda_min_clipped", -math.inf)
+        if math.isinf(clip) or clip <= self.schedule.lambda_(self.schedule.t_max):
+            return self.schedule.t_max
+        return math.floor(float(self.schedule.t_of_lambda(clip)))
+
+    def _shift_of_mu(self, mu: float) -> float:
+        return float(mu) if self.config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def _diffusers_sigmas(self, times: Array) -> Tensor:
+        return torch.from_numpy(np.minimum(self.schedule.sigma_diffusers(times), 4096.0)).float()
+
+    # ------------------------------------------------------------ where we are
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the evaluation that the next ``step`` completes; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first evaluation, where :meth:`set_begin_index` was called."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at evaluation `begin_index` (image-to-image): the rest is planned anew, with its warm-up."""
+        if self._times is None:
+            raise UserError("call set_timesteps before set_begin_index")
+        begin_index = int(begin_index)
+        if not 0 <= begin_index < len(self._host_times):
+            raise UserError(
+                f"begin_index must lie between 0 and {len(self._host_times) - 1}, but is {begin_index}"
+            )
+        self._begin_index = begin_index
+        self._step_index = None
+        self._start_at(begin_index)
+
+    def _start_at(self, index: int) -> None:
+        """Plan the evaluations from `index` on, with empty history."""
+        assert self._times is not None
+        self._planned = self._plan(self._times[index:])
+        self._instructions, size = compile_plan(self._planned)
+        self._bound: tuple[Instruction, ...] | None = None
+        self._slots: list[Tensor | None] = [None] * size
+        self._origin = index
+
+    @property
+    def plan(self) -> Plan:
+        """The rows of this run, from its first evaluation on."""
+        if self._times is None:
+            raise UserError("call set_timesteps first: a plan belongs to a grid")
+        return self._planned
+
+    def _locate(self, timestep: float | Tensor) -> int | None:
+        """Index of the evaluation at `timestep`, or None where only a device synchronisation could tell."""
+        if isinstance(timestep, Tensor):
+            grid = self.timesteps
+            if timestep.device == grid.device and timestep.dtype == grid.dtype:
+                # An element of ``timesteps``, as loops hand it back: its address tells.
+                offset = timestep.data_ptr() - grid.data_ptr()
+                if 0 <= offset < grid.numel() * grid.element_size():
+                    return offset // grid.element_size()
+            if timestep.device.type != "cpu":
+                return None
+            timestep = float(timestep.reshape(-1)[0])
+        expected = self._step_index
+        times = self._host_times
+        if expected is not None and expected < len(times) and times[expected] == timestep:
+            return expected
+        return min(range(len(times)), key=lambda i: abs(times[i] - timestep))
+
+    def _seek(self, timestep: float | Tensor) -> int:
+        """The index of this step. A timestep that is not the expected one starts afresh from there."""
+        if self._times is None:
+            raise UserError("call set_timesteps before step: the scheduler has no grid yet")
+        found = self._locate(timestep)
+        expected = self._step_index
+        if expected is None:
+            expected = self._begin_index
+            if expected is None:
+                if found is None:  # a foreign device tensor: read once, at the start of a loop
+                    found = self._locate(float(timestep))
+                expected = found
+        elif found is not None and found != expected:
+            expected = found
+            self._start_at(found)
+        assert expected is not None
+        if expected >= len(self._host_times):
+            raise UserError("all steps of this run are done; call set_timesteps to start another")
+        if self._step_index is None and expected != self._origin:
+            self._start_at(expected)
+        return expected
+
+    # ------------------------------------------------------------ the step
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself: the network takes ``x_t`` as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """From ``x_t`` and the network's output there to the next sample.
+
+        Args:
+            model_output: (B, C, ...) in the config's prediction type; channels beyond C (a learned variance)
+                are left out.
+            timestep: the element of ``timesteps`` this belongs to.
+            sample: (B, C, ...).
+            generator: one, or one per image, for methods with noise.
+            variance_noise: that noise itself, like `sample`.
+            return_dict: False for a tuple.
+
+        Returns:
+            ``prev_sample`` in the dtype of `sample`; the arithmetic is float32, or float64 for such samples.
+
+        Raises:
+            UserError: before ``set_timesteps``, or after the last step.
+        """
+        index = self._seek(timestep)
+        if model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        if self._bound is None:
+            self._bound = bind(self._instructions, sample)
+        instruction = self._bound[index - self._origin]
+        noise = None
+        if instruction.draws:
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(
+                    tuple(sample.shape),
+                    generator=generator,
+                    device=sample.device,
+                    dtype=working_dtype(sample),
+                )
+        result = execute(
+            instruction,
+            model_output,
+            sample,
+            self._slots,
+            noise,
+            self._transform if self._transforms() else None,
+        )
+        self._step_index = index + 1
+        if not return_dict:
+            return (result,)
+        return SchedulerOutput(prev_sample=result)
+
+    # ------------------------------------------------------------ noising
+
+    def _levels(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at `timesteps`, (B, 1, ...) in the working precision of `like`."""
+        dtype = working_dtype(like)
+        times = torch.as_tensor(timesteps)
+        index = self._locate_view(times)
+        host = np.array([self._host_times[index]]) if index is not None else _host(times).reshape(-1)
+        shape = (-1, *[1] * (like.ndim - 1))
+        alpha, sigma = self.schedule.alpha_sigma(host)
+        return (
+            torch.as_tensor(alpha, dtype=dtype, device=like.device).reshape(shape),
+            torch.as_tensor(sigma, dtype=dtype, device=like.device).reshape(shape),
+        )
+
+    def _locate_view(self, times: Tensor) -> int | None:
+        if self._times is None or times.numel() != 1 or times.dtype != self.timesteps.dtype:
+            return None
+        return self._locate(times) if times.device == self.timesteps.device else None
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``alpha(t) x0 + sigma(t) noise`` at any times in the schedule's range, fractional ones included.
+
+        Args:
+            original_samples, noise: (B, ...).
+            timesteps: (B,) or (1,).
+
+        Returns:
+            The noisy samples, in the dtype of `original_samples`.
+        """
+        alpha, sigma = self._levels(timesteps, original_samples)
+        noisy = alpha * original_samples + sigma * noise
+        return noisy.to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The ``v_prediction`` target for clean `sample`; shapes as in :meth:`add_noise`."""
+        alpha, sigma = self._levels(timesteps, sample)
+        return training_target("v_prediction", sample, noise, alpha, sigma).to(sample.dtype)
+
+
+def threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022): ``clamp(x0, -s, s) / s``, per image.
+
+    s is the `ratio` quantile of ``|x0|``, held between 1 and `maximum`; at `maximum` = 1 (diffusers' default)
+    it is plain clipping, and with infinity it is the published method.
+    """
+    flat = x0.flatten(1)
+    if maximum == 1.0:
+        return x0.clamp(-1.0, 1.0)
+    # The interpolated quantile by selection: torch.quantile sorts, and refuses large images.
+    magnitude = flat.abs()
+    rank = ratio * (flat.shape[1] - 1)
+    low = magnitude.kthvalue(int(rank) + 1, dim=1, keepdim=True).values
+    high = magnitude.kthvalue(min(int(rank) + 2, flat.shape[1]), dim=1, keepdim=True).values
+    s = torch.lerp(low, high, rank - int(rank)).clamp(1.0, maximum)
+    return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(
+            f"unknown {name} {value!r}{suggestion(str(value), list(allowed))}; "
+            f"it may be one of {', '.join(allowed)}"
+        )
+
+
+def _positive_int(value: Any) -> int:
+    count = int(value)
+    if count < 1:
+        raise UserError(f"num_inference_steps must be at least 1, but is {value}")
+    return count
+
+
+def _host(values: Any) -> Array:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
