@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data.pairs import PairDataset
-from diffalign.data.shards import ShardedRows, ShardStore
+from diffalign.data.shards import ShardedRows, ShardStore, row_shapes
 from diffalign.data.transforms import PairTransform, View, fit, size_of
 from diffalign.errors import RunFailed, UserError
 from diffalign.output import write_json
@@ -279,6 +279,9 @@ def _fill(
             with torch.no_grad():
                 named = encode(waiting)
             encoded.append({k: _stored(k, v, len(waiting), dtype, what) for k, v in named.items()})
+            first, last = row_shapes(encoded[0]), row_shapes(encoded[-1])
+            if first != last:
+                raise ValueError(f"the {what} encoder must give rows of one shape, got {last} after {first}")
             waiting.clear()
 
     def write() -> None:

@@ -168,7 +168,7 @@ def run(config: CheckConfig) -> Findings:
         write_json(path, value)
         print(f"\nreport: {path}")
     if not findings.pairs:
-        raise UserError(f"{findings.source} has no usable pair")
+        raise UserError(f"no usable pair in {findings.source}")
     if findings.damaged_share > config.max_bad:
         raise UserError(
             f"{findings.damaged_share:.1%} of the rows of {findings.source} are damaged, more than --max_bad "

@@ -122,7 +122,7 @@ class PairDataset(Sequence[Pair]):
                 if step and wanted.number not in self._told:
                     self._tell(self._skipped[wanted.number], pair)
                 return pair
-        raise UserError(f"{self._table.name} has no usable pair left: {self.summary()}")
+        raise UserError(f"no usable pair in {self._table.name}: {reasons(self.skipped)}")
 
     def read(self, index: int) -> Pair | BadRow:
         """The pair of row `index` itself, or why there is none."""
@@ -291,9 +291,8 @@ def _from_table(
     if tied and ties == "error":
         raise UserError(f"{table.name} has {len(tied)} ties (first: {tied[0]}); use ties=drop or ties=soft")
     if not rows:
-        raise UserError(
-            f"{table.name} has no usable pair" + (f": {reasons(skipped.values())}" if skipped else "")
-        )
+        why = reasons(skipped.values()) or "it is empty"
+        raise UserError(f"no usable pair in {table.name}: {why}")
     dataset = PairDataset(table, roles, rows, skipped)
     _refuse_if_damaged(dataset, max_bad, scan)
     return dataset

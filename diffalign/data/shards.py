@@ -110,9 +110,12 @@ class ShardStore:
         self._shards.append(shard)
 
     def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
-        shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
+        shapes = row_shapes(tensors)
         if self._row_shapes and shapes != self._row_shapes:
-            raise ValueError(f"rows of one cache must be alike: got {shapes} after {self._row_shapes}")
+            raise ValueError(
+                f"rows of one cache must be alike: got {shapes} after {self._row_shapes}; "
+                "encoders that changed need another key"
+            )
         self._row_shapes = shapes
 
 
@@ -134,6 +137,11 @@ class ShardedRows:
                 self._mapped[shard] = safe_open(self._shards[shard], "pt")
             read.append(self._mapped[shard].get_slice(self._name)[row : row + 1])
         return torch.cat(read)
+
+
+def row_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of one row of each tensor, by name in order."""
+    return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in sorted(tensors.items())}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
