@@ -1,7 +1,7 @@
 """A small resumable training loop for the models that the playground trains itself.
 
-Batches are functions of (seed, step), so a run that was killed goes on from its last saved step and ends with the
-very weights of a run that was not.
+Batches are functions of (seed, step), so a run that was killed goes on from its last saved step and ends
+with the very weights of a run that was not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fit(
     every: int = 0,
     evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> float:
-    """Train ``modules`` jointly with AdamW; their weights are the averaged ones afterwards if ``ema_decay`` is set.
+    """Train ``modules`` jointly with AdamW; with ``ema_decay`` they hold averaged weights afterwards.
 
     Args:
         name: names the progress bar, ``<name>.safetensors`` (state) and ``<name>.jsonl`` (log) in ``folder``.
@@ -75,7 +75,9 @@ def fit(
         value = loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         number = value.item()
         if not math.isfinite(number):
-            raise RunFailed(f"{name}: the loss is {number} at step {step}; {state_file} keeps the last good step")
+            raise RunFailed(
+                f"{name}: the loss is {number} at step {step}; {state_file} keeps the last good step"
+            )
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -1,9 +1,9 @@
 """The playground's preference model: a small CLIP (open_clip) that tells how well an image fits a caption.
 
-It plays PickScore: trainers see its scores, while the exact verifier, which nothing is trained on at align time,
-is the judge. It learns from rendered scenes, half of them damaged (bent, blurred, bitten, overlapping, with objects
-too many or too few), and the captions that are true or false of them, with the sigmoid loss of SigLIP (Zhai et al.
-2023) and one hard negative (a single attribute changed) per image.
+It plays PickScore: trainers see its scores, while the exact verifier, which nothing is trained on at align
+time, is the judge. It learns from rendered scenes, half of them damaged (bent, blurred, bitten,
+overlapping, with objects too many or too few), and the captions that are true or false of them, with the
+sigmoid loss of SigLIP (Zhai et al. 2023) and one hard negative (a single attribute changed) per image.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def damage(drawn: Scene, rng: np.random.Generator) -> np.ndarray:
         things[1] = replace(b, x=a.x + near * (b.x - a.x), y=a.y + near * (b.y - a.y))
     elif fault == 3:  # another colour or shape for one of them
         i = rng.integers(len(things))
-        word = {"colour": COLOURS[rng.integers(7)]} if rng.random() < 0.5 else {"shape": SHAPES[rng.integers(6)]}
+        word = (
+            {"colour": COLOURS[rng.integers(7)]} if rng.random() < 0.5 else {"shape": SHAPES[rng.integers(6)]}
+        )
         things[i] = replace(things[i], **word)
     image = render(replace(drawn, things=tuple(things))).astype(np.float32)
     if rng.random() < 0.6:  # bent
@@ -107,7 +109,9 @@ def truth(claims: list[Claim], examples: list[Example]) -> np.ndarray:
     return table
 
 
-def build(output: Path, work: Path, *, images: int, steps: int, seed: int, batch_size: int = 64) -> dict[str, float]:
+def build(
+    output: Path, work: Path, *, images: int, steps: int, seed: int, batch_size: int = 64
+) -> dict[str, float]:
     """Train the scorer and write ``output`` as an open_clip folder of fp16 safetensors.
 
     Returns:
@@ -125,7 +129,11 @@ def build(output: Path, work: Path, *, images: int, steps: int, seed: int, batch
 
     def encode(claims: list[Claim]) -> Tensor:
         text = tokenizer(
-            [str(c) for c in claims], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            [str(c) for c in claims],
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
         )
         return text.input_ids
 
@@ -147,7 +155,10 @@ def build(output: Path, work: Path, *, images: int, steps: int, seed: int, batch
     if output.exists():
         shutil.rmtree(output)
     _write(model, config, output, work / "tokenizer")
-    return measure(output, seed=seed + 11) | {"training_seconds": seconds, "seconds": time.perf_counter() - began}
+    return measure(output, seed=seed + 11) | {
+        "training_seconds": seconds,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def measure(folder: Path, *, seed: int, n: int = 1000) -> dict[str, float]:
@@ -183,4 +194,6 @@ def _write(model: torch.nn.Module, config: dict, output: Path, tokenizer: Path) 
     weights = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()
     }
-    save_file(weights, output / "open_clip_model.safetensors")
+    file = output / "open_clip_model.safetensors"
+    save_file(weights, file)
+    file.chmod(0o644)

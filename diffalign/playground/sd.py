@@ -1,7 +1,8 @@
 """The playground's Stable Diffusion: tokenizer, text encoder, autoencoder and UNet, trained from nothing.
 
-The parts are those of SD 1.5 at 1/300 of its size: CLIPTextModel, AutoencoderKL (4 channels, here 4x downsampling of
-64 px), UNet2DConditionModel (epsilon prediction, cross-attention), the scaled-linear schedule of 1000 steps.
+The parts are those of SD 1.5 at 1/300 of its size: CLIPTextModel, AutoencoderKL (4 channels, here 4x
+downsampling of 64 px), UNet2DConditionModel (epsilon prediction, cross-attention), the scaled-linear
+schedule of 1000 steps.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,14 +49,14 @@ def to_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-# --- tokenizer and text encoder -------------------------------------------------------------------------------
+# --- tokenizer and text encoder ---
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIPTokenizer that holds every word of the captions as one token, and single letters for all else."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False, vocab_size=10_000)
     bpe.train_from_iterator(all_captions(), trainer)
     learnt = json.loads(bpe.to_str())["model"]
@@ -95,19 +97,19 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     ).input_ids
 
 
-# --- autoencoder ----------------------------------------------------------------------------------------------
+# --- autoencoder ---
 
 
 def train_autoencoder(
     folder: Path, images: np.ndarray, scenes: list[Scene], *, steps: int, seed: int
-) -> tuple[AutoencoderKL, float]:
-    """Crops around objects first (that is where the detail is), then whole images (GroupNorm's true statistics).
+) -> tuple[Any, float]:
+    """Crops around objects first, where the detail is, then whole images, for GroupNorm's true statistics.
 
     Returns:
         The autoencoder with unit-variance, zero-mean latents (scaling_factor 1), and its training seconds.
     """
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -119,7 +121,8 @@ def train_autoencoder(
         sample_size=64,
         scaling_factor=1.0,
         mid_block_add_attention=False,
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    )
+    vae.to(memory_format=torch.channels_last)
     centres = [[(t.x, t.y) for t in s.things] for s in scenes]
     crop_steps = int(0.65 * steps)
 
@@ -150,30 +153,27 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def _whiten(vae: AutoencoderKL, pixels: Tensor) -> None:
+def _whiten(vae: Any, pixels: Tensor) -> None:
     """Fold the affine map that gives every latent channel mean 0 and variance 1 into the 1x1 convolutions."""
     z = vae.encode(pixels).latent_dist.mean
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     quant, post, c = vae.quant_conv, vae.post_quant_conv, len(mean)
-    assert quant is not None and post is not None
     quant.weight[:c] /= std[:, None, None, None]
-    quant.bias[:c] = (quant.bias[:c] - mean) / std  # type: ignore[index]
-    quant.bias[c:] -= 2 * std.log()  # type: ignore[index]
+    quant.bias[:c] = (quant.bias[:c] - mean) / std
+    quant.bias[c:] -= 2 * std.log()
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std[None, :, None, None]
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> Tensor:
+def encode(vae: Any, images: np.ndarray, batch_size: int = 64) -> Tensor:
     """(N, 4, 16, 16) float32 means of the latents."""
-    parts = []
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding", unit="batch", leave=False):
-        parts.append(vae.encode(to_pixels(images[start : start + batch_size])).latent_dist.mean)
-    return torch.cat(parts)
+    starts = tqdm(range(0, len(images), batch_size), desc="encoding", unit="batch", leave=False)
+    return torch.cat([vae.encode(to_pixels(images[i : i + batch_size])).latent_dist.mean for i in starts])
 
 
 @torch.no_grad()
-def judge_autoencoder(vae: AutoencoderKL, captions: list[str], images: np.ndarray) -> dict[str, float]:
+def judge_autoencoder(vae: Any, captions: list[str], images: np.ndarray) -> dict[str, float]:
     """PSNR in dB of reconstructions and the share of them of which the verifier still says true."""
     decoded = torch.cat([vae.decode(z).sample for z in encode(vae, images).split(64)])
     restored = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -182,10 +182,10 @@ def judge_autoencoder(vae: AutoencoderKL, captions: list[str], images: np.ndarra
     return {"psnr_db": psnr, "verified": accuracy(captions, restored)["true"]}
 
 
-# --- denoiser -------------------------------------------------------------------------------------------------
+# --- denoiser ---
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet() -> Any:
     """2.8 M parameters; cross-attention at 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -201,7 +201,7 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler() -> DPMSolverMultistepScheduler:
+def make_scheduler() -> Any:
     """diffusers' usual sampler on the schedule of Stable Diffusion."""
     return DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
@@ -210,7 +210,7 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
 
 def train_denoiser(
     folder: Path,
-    vae: AutoencoderKL,
+    vae: Any,
     tokenizer: CLIPTokenizer,
     latents: Tensor,
     captions: list[str],
@@ -219,15 +219,15 @@ def train_denoiser(
     seed: int,
     batch_size: int = 32,
     every: int = 500,
-) -> tuple[StableDiffusionPipeline, float]:
-    """Text encoder and UNet jointly: epsilon prediction, min-SNR weight 5 (Hang et al. 2023), 10 % empty captions.
+) -> tuple[Any, float]:
+    """Text encoder and UNet jointly: epsilon, min-SNR weight 5 (Hang et al. 2023), 10 % empty captions.
 
     Returns:
         The whole pipeline with averaged weights, and the training seconds.
     """
     torch.manual_seed(seed)
     text, unet, scheduler = make_text_encoder(tokenizer), make_unet(), make_scheduler()
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet.to(memory_format=torch.channels_last)
     ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     alphas = scheduler.alphas_cumprod.double()
     snr = (alphas / (1 - alphas)).float()
@@ -239,7 +239,9 @@ def train_denoiser(
         dropped = torch.rand(batch_size, generator=generator) < 0.1
         condition = text(torch.where(dropped[:, None], empty, ids[rows])).last_hidden_state
         # Stratified times: the same law per row, less variance per batch.
-        u = (torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)) / batch_size
+        u = (
+            torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
+        ) / batch_size
         t = (u * 1000).long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
         x = alpha[t, None, None, None] * x0 + sigma[t, None, None, None] * noise
@@ -247,7 +249,9 @@ def train_denoiser(
         weight = (5.0 / snr[t]).clamp(max=1.0)
         return (weight * F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))).mean()
 
-    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe: Any = StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     seconds = fit(
         "denoiser",
@@ -266,7 +270,7 @@ def train_denoiser(
 
 
 def judge(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     *,
     prompts: int,
     seed: int,
@@ -275,7 +279,7 @@ def judge(
     sheet: Path | None = None,
     progress: str | None = None,
 ) -> dict[str, float]:
-    """Verifier accuracy of one image for each of ``prompts`` held-out captions; optionally a sheet of samples."""
+    """Verifier accuracy of one image for each of ``prompts`` held-out captions; a sheet of them if asked."""
     captions = draw_captions(seed, prompts, held_out=True)
     drawn = generate(pipe, captions, range(prompts), steps=steps, guidance=guidance, progress=progress)
     if sheet is not None:
@@ -287,10 +291,12 @@ def judge(
     return accuracy(captions, drawn.images)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------
+# --- the whole ---
 
 
-def build(output: Path, work: Path, *, images: int, vae_steps: int, steps: int, seed: int) -> dict[str, float]:
+def build(
+    output: Path, work: Path, *, images: int, vae_steps: int, steps: int, seed: int
+) -> dict[str, float]:
     """Train everything and write ``output`` as an ordinary Stable Diffusion folder of fp16 safetensors.
 
     Returns:
@@ -301,7 +307,9 @@ def build(output: Path, work: Path, *, images: int, vae_steps: int, steps: int, 
     scenes, pictures = draw_images(seed, images)
     vae, vae_seconds = train_autoencoder(work, pictures, scenes, steps=vae_steps, seed=seed)
     fresh, fresh_pictures = draw_images(seed + 1, 1000, "fresh scenes")
-    facts = {f"vae_{k}": v for k, v in judge_autoencoder(vae, [s.caption for s in fresh], fresh_pictures).items()}
+    facts = {
+        f"vae_{k}": v for k, v in judge_autoencoder(vae, [s.caption for s in fresh], fresh_pictures).items()
+    }
     tqdm.write("autoencoder: " + ", ".join(f"{k} {v:.3f}" for k, v in facts.items()))
     latents = encode(vae, pictures).half()
     pipe, seconds = train_denoiser(
@@ -316,11 +324,13 @@ def build(output: Path, work: Path, *, images: int, vae_steps: int, steps: int, 
         "vae_seconds": vae_seconds,
         "denoiser_seconds": seconds,
         "seconds": time.perf_counter() - began,
-        "parameters": float(sum(p.numel() for m in (vae, pipe.unet, pipe.text_encoder) for p in m.parameters())),
+        "parameters": float(
+            sum(p.numel() for m in (vae, pipe.unet, pipe.text_encoder) for p in m.parameters())
+        ),
     }
 
 
-def save_half(pipe: StableDiffusionPipeline, output: Path) -> None:
+def save_half(pipe: Any, output: Path) -> None:
     """Write fp16 weights (the pipeline itself is turned to fp16)."""
     pipe.unet.to(memory_format=torch.contiguous_format)
     pipe.vae.to(memory_format=torch.contiguous_format)

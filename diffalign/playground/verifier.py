@@ -1,9 +1,9 @@
 """Is a caption true of an image? Decided by looking at the pixels, with nothing learnt.
 
-Objects are the connected components of dark or saturated pixels (`world`: smallest channel below 0.5). Each gets
-its colour from the median of its interior, its shape from the best overlap with templates drawn by the renderer.
-A caption is true if exactly the objects that it names are there, of the right colours, shapes, size and relation,
-and nothing else is.
+Objects are the connected components of dark or saturated pixels (`world`: smallest channel below 0.5). Each
+gets its colour from the median of its interior, its shape from the best overlap with templates drawn by the
+renderer. A caption is true if exactly the objects that it names are there, of the right colours, shapes,
+size and relation, and nothing else is.
 """
 
 from __future__ import annotations

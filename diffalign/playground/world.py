@@ -1,7 +1,8 @@
 """The world of the playground: small scenes of flat shapes, drawn from a seed and rendered at 64 px.
 
-Every scene is a function of ``(seed, index)`` alone, so a data stream needs no files and can be entered anywhere.
-A pixel belongs to an object if its smallest channel is below 0.5: backgrounds, shadows included, stay above.
+Every scene is a function of ``(seed, index)`` alone, so a data stream needs no files and can be entered
+anywhere. A pixel belongs to an object if its smallest channel is below 0.5: backgrounds, shadows included,
+stay above.
 """
 
 from __future__ import annotations

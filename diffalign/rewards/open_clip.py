@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +15,23 @@ from diffalign.errors import UserError
 
 
 class OpenCLIPReward(nn.Module):
-    """Reward = logit_scale * cos(text, image) of a CLIP-like model (Radford et al. 2021; the form of PickScore).
+    """Reward = logit_scale * cos(text, image) of a CLIP-like model (Radford et al. 2021), as PickScore has it.
 
     Args:
         model: an open_clip model with ``encode_image`` and ``encode_text``.
         tokenizer: list[str] -> (N, length) token ids.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: object) -> None:
+    def __init__(self, model: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
         super().__init__()
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
         visual = model.visual
         self.size = tuple(np.broadcast_to(visual.image_size, 2).tolist())
         mean = getattr(visual, "image_mean", None) or (0.5, 0.5, 0.5)
         std = getattr(visual, "image_std", None) or (0.5, 0.5, 0.5)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -63,7 +67,7 @@ class OpenCLIPReward(nn.Module):
         if tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         unique = list(dict.fromkeys(prompts))
-        ids = self.tokenizer(unique).to(pixels.device)  # type: ignore[operator]
+        ids = self.tokenizer(unique).to(pixels.device)
         text = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         rows = torch.tensor([unique.index(p) for p in prompts], device=pixels.device)
         image = F.normalize(self.model.encode_image((pixels - self.mean) / self.std).float(), dim=-1)
