@@ -63,10 +63,10 @@ def damage(drawn: Scene, rng: np.random.Generator) -> np.ndarray:
         things[1] = replace(b, x=a.x + near * (b.x - a.x), y=a.y + near * (b.y - a.y))
     elif fault == 3:  # another colour or shape for one of them
         i = rng.integers(len(things))
-        word = (
-            {"colour": COLOURS[rng.integers(7)]} if rng.random() < 0.5 else {"shape": SHAPES[rng.integers(6)]}
-        )
-        things[i] = replace(things[i], **word)
+        if rng.random() < 0.5:
+            things[i] = replace(things[i], colour=COLOURS[rng.integers(7)])
+        else:
+            things[i] = replace(things[i], shape=SHAPES[rng.integers(6)])
     image = render(replace(drawn, things=tuple(things))).astype(np.float32)
     if rng.random() < 0.6:  # bent
         shift = ndimage.gaussian_filter(rng.normal(size=(2, SIZE, SIZE)), (0, 4, 4), mode="wrap")

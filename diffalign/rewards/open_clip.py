@@ -15,7 +15,7 @@ from diffalign.errors import UserError
 
 
 class OpenCLIPReward(nn.Module):
-    """Reward = logit_scale * cos(text, image) of a CLIP-like model (Radford et al. 2021), as PickScore has it.
+    """Reward = logit_scale * cos(text, image) of a CLIP-like model (Radford et al. 2021), as in PickScore.
 
     Args:
         model: an open_clip model with ``encode_image`` and ``encode_text``.
