@@ -76,9 +76,9 @@ class DDIMScheduler(PlanScheduler):
     def _transforms(self) -> bool:
         return bool(self.config.thresholding or self.config.clip_sample)
 
-    def _transform(self, m: Tensor) -> Tensor:
+    def _transform(self, m: Tensor, sample: Tensor) -> Tensor:
         if self.config.thresholding:
-            return super()._transform(m)
+            return super()._transform(m, sample)
         return m.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
     def _plan(self, times: Array) -> Plan:
@@ -140,4 +140,4 @@ class DDIMScheduler(PlanScheduler):
         c_x, c_o = self._planned.rows[self._step_index - 1 - self._origin].convert
         terms = [(float(c_x), sample), (float(c_o), model_output[:, : sample.shape[1]])]
         x0 = linear(terms, working_dtype(sample))
-        return (self._transform(x0) if self._transforms() else x0).to(sample.dtype)
+        return (self._transform(x0, sample) if self._transforms() else x0).to(sample.dtype)

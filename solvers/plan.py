@@ -18,15 +18,16 @@ How the published methods are rows:
 
 - *multistep* (DPM-Solver++, UniPC's predictor, PNDM after warm-up): ``x[e]`` and the newest few ``m``.
 - *corrector* (UniPC, v3): predicted and corrected state share their ``x`` part, so the corrected state is
-  ``x_e + sum_j (c_j - p_j) m_j`` with the predictor's weights p and the corrector's weights c of the step that
-  led here. Insert it for ``x_e`` in the next predictor and collect terms: nothing is kept but ``m``, and what
-  a pipeline does to ``x_e`` between steps (inpainting) survives.
+  ``x_e + sum_j (c_j - p_j) m_j`` with the predictor's weights p and the corrector's weights c of the step
+  that led here. Insert it for ``x_e`` in the next predictor and collect terms: nothing is kept but ``m``, and
+  what a pipeline does to ``x_e`` between steps (inpainting) survives.
 - *singlestep and Runge-Kutta stages*: each stage is a row; the step's start ``s`` is read again as ``x[s]``.
 - *pseudo Runge-Kutta history* (F-PNDM): later rows don't name the ``m`` of the inner stages.
 - *SDE*: ``z[e]``; for one Brownian path over the stages of a step, name an earlier ``z[j]`` again.
-- *per-coordinate coefficients* (v3): arrays in ``convert``, ``x`` and ``m``; the inhomogeneous term is ``bias``.
+- *per-coordinate coefficients* (v3): arrays in ``convert``, ``x``, ``m``; the inhomogeneous term is ``bias``.
 - *compensation* (DC-Solver): a compensated output is a fixed combination of outputs; expand it in ``m``.
-- *run-time methods* (time shift, thresholding): the scheduler's ``_transform`` hook sees each ``m_e``.
+- *run-time methods* (time shift, thresholding): the scheduler's ``_transform`` hook sees each ``m_e`` with its
+  sample and index, and ``timesteps`` may be written for later evaluations.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def execute(
     sample: Tensor,
     slots: list[Tensor | None],
     noise: Tensor | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The next sample, in the dtype of `sample`; arithmetic in float32, or float64 where a tensor has it.
 
@@ -234,7 +235,7 @@ def execute(
         slots: the run's buffer, of the size :func:`compile_plan` gave, all None at the start; changed in
             place.
         noise: ``z_e``, needed when ``instruction.draws``.
-        transform: applied to ``m_e`` before it is used or kept.
+        transform: ``(m_e, x_e) -> m_e``, applied before ``m_e`` is used or kept.
     """
     dtype = working_dtype(sample, output)
     a_x, a_m, a_z = instruction.here
@@ -249,7 +250,7 @@ def execute(
             out = None
         m = linear([(c_x, sample), (c_o, output)], dtype, out)  # type: ignore[list-item]
         if transform is not None:
-            m = transform(m)
+            m = transform(m, sample)
         if instruction.keep_m is not None:
             slots[instruction.keep_m] = m
         terms = [(a_x, sample), (a_m, m)]  # type: ignore[list-item]

@@ -127,8 +127,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """What ``grid="auto"`` means for this method."""
         return grids.auto_times(self.schedule, count, final=self._final(), start=start)
 
-    def _transform(self, m: Tensor) -> Tensor:
-        """Applied to the data prediction before it is used or kept, where :meth:`_transforms` says so."""
+    def _transform(self, m: Tensor, sample: Tensor) -> Tensor:
+        """Applied to the prediction in :attr:`form`, before it is used or kept, where :meth:`_transforms`."""
         return threshold(m, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
 
     def _transforms(self) -> bool:
