@@ -136,7 +136,8 @@ def evaluate(
         denoise: see :class:`Denoise`; the policy's call is differentiated.
         noised: from :func:`add_noise`.
         cond: what the network is conditioned on, each tensor ``(rows, ...)``.
-        reference: True runs it, a tensor ``(rows,)`` is its errors known beforehand, False is no reference.
+        reference: True runs it, a tensor ``(rows,)`` is its errors known beforehand, before
+            weighting, False is no reference.
         weight, mask, reduce: see :func:`denoising_error`.
     """
 
@@ -144,7 +145,9 @@ def evaluate(
         prediction = denoise(noised.x_t, noised.t, cond, reference=of_reference)
         return denoising_error(prediction, noised.target, weight=weight, mask=mask, reduce=reduce)
 
-    known = reference if isinstance(reference, Tensor) else None
+    known = None
+    if isinstance(reference, Tensor):
+        known = reference if weight is None else reference * weight.to(reference.dtype)
     if reference is True:
         with torch.no_grad():
             known = errors(True)

@@ -1,0 +1,189 @@
+"""What a trainer or sampler may ask of a model, whatever its family, and how the family is found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.likelihood import Conditions
+from diffalign.models.reference import Reference
+from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.prediction import check_prediction_type
+
+#: pipeline class -> "module:adapter class"
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "diffalign.models.sd:SDAdapter",
+}
+
+
+class ModelAdapter(ABC):
+    """One loaded pipeline behind the operations that training and sampling share.
+
+    Attributes:
+        pipeline: the diffusers pipeline; its parts are used in place.
+        denoiser: the network that :meth:`denoise` calls. A trainer may put a wrapper here (data parallel).
+        schedule: alpha and sigma at the network's times.
+        prediction_type: what the network was trained to predict.
+        reference: who answers ``denoise(..., reference=True)``; None until someone is chosen.
+        lora_targets: names of the layers that a LoRA attaches to by default.
+    """
+
+    denoiser_name: ClassVar[str]  # the attribute of the pipeline, which is also the folder of its weights
+    lora_targets: ClassVar[tuple[str, ...]]
+    encoder_names: ClassVar[tuple[str, ...]]  # needed for encoding only, may leave the device afterwards
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline  # Any: which parts it has is known to the family, not to the type
+        config = pipeline.scheduler.config
+        self.schedule = NoiseSchedule.from_config(config)
+        default = "flow_prediction" if self.schedule.is_flow else "epsilon"
+        self.prediction_type = check_prediction_type(config.get("prediction_type") or default)
+        self.denoiser: nn.Module = self.module
+        self.reference: Reference | None = None
+
+    @property
+    def module(self) -> Any:
+        """The network itself, never a wrapper."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.module.parameters()).device
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Conditions, reference: bool = False) -> Tensor:
+        """The network's prediction of its own ``prediction_type`` at ``x_t``.
+
+        Args:
+            x_t: ``(rows, C, ...)``; cast to the network's dtype here and nowhere before.
+            t: ``(rows,)`` times.
+            cond: from :meth:`encode_prompts`, each tensor ``(rows, ...)``.
+            reference: answer as the reference policy.
+        """
+        if not reference:
+            return self.forward(self.denoiser, x_t, t, cond)
+        if self.reference is None:
+            raise RuntimeError("this model has no reference policy; set adapter.reference first")
+        # Through the same wrapper as the policy, so that both see the same autocast and kernels.
+        with self.reference(self.denoiser) as network:
+            return self.forward(network, x_t, t, cond)
+
+    @abstractmethod
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+        """One call of ``network``, a module of this family."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditions of :meth:`denoise` for each prompt, every tensor ``(len(prompts), ...)``; no
+        gradient."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
+        """``{"latents": (B, C, h, w)}`` of ``pixels (B, 3, H, W)`` in [-1, 1], as the denoiser sees them;
+        deterministic, no gradient."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` in [-1, 1] of ``latents``; no gradient."""
+
+    @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Side in pixels of the images that this model makes by default."""
+
+    @abstractmethod
+    def save_lora(self, folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write the LoRA ``state`` (peft names) as ``pytorch_lora_weights.safetensors`` in diffusers'
+        format."""
+
+    @abstractmethod
+    def load_lora(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`save_lora` or any diffusers script wrote: state in peft names and the adapter's
+        settings (empty where the file has none).
+
+        Raises:
+            UserError: there is no such file.
+        """
+
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Move the parts that only encode (text, images) to ``device``."""
+        for name in self.encoder_names:
+            getattr(self.pipeline, name).to(device)
+
+    def identity(self) -> dict[str, str]:
+        """What cached encodings depend on: a digest of the weights of each encoder."""
+        return {name: _digest(getattr(self.pipeline, name)) for name in self.encoder_names}
+
+
+def _digest(module: nn.Module) -> str:
+    """16 hex digits of the weights: exact for small modules, of 4096 evenly spread elements of larger
+    tensors."""
+    import hashlib
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        flat = flat[:: max(1, flat.numel() // 4096)]
+        sha.update(f"{name}{tuple(tensor.shape)}".encode() + flat.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def load_adapter(
+    model: str | Path | Any,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    **components: Any,
+) -> ModelAdapter:
+    """The adapter of a pipeline, chosen by the pipeline's class.
+
+    Args:
+        model: a folder with ``model_index.json``, a model id on the hub, or a loaded pipeline.
+        revision, variant: as in diffusers' ``from_pretrained``.
+        components: parts to use instead of the pipeline's own, such as ``vae=``.
+
+    Raises:
+        UserError: nothing loadable there, or a pipeline class that no family knows.
+    """
+    if isinstance(model, str | Path):
+        pipeline = _load(str(model), revision=revision, variant=variant, **components)
+    else:
+        pipeline = model
+    module, _, name = FAMILIES[_known(type(pipeline).__name__, str(model))].partition(":")
+    return getattr(importlib.import_module(module), name)(pipeline)
+
+
+def _known(class_name: str, where: str) -> str:
+    if class_name in FAMILIES:
+        return class_name
+    raise UserError(f"{where} is a {class_name}, which is not supported yet (known: {', '.join(FAMILIES)})")
+
+
+def _load(path: str, **options: Any) -> Any:
+    folder = Path(path).expanduser()
+    index = folder / "model_index.json"
+    if folder.is_dir() and not index.is_file():
+        raise UserError(f"{path} is no pipeline folder: it has no model_index.json")
+    if not folder.exists() and (len(folder.parts) != 2 or path.startswith(("/", ".", "~"))):
+        raise UserError(
+            f"there is no model at {path}: give a diffusers pipeline folder or a hub id such as owner/name"
+        )
+    if index.is_file():
+        _known(json.loads(index.read_text()).get("_class_name", "pipeline of unknown class"), path)
+        path = str(folder)
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        # safetensors only: a .bin file is a pickle, and may run what it likes.
+        return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(f"the model {path} could not be loaded: {cause}") from error

@@ -1,0 +1,11 @@
+"""Trainers: one loop, one module per method.
+
+from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
+
+config = DiffusionDPOConfig(output_dir="outputs/dpo", max_train_steps=500)
+DiffusionDPOTrainer(config, model=pipeline_or_path, dataset="my_pairs/").train()
+"""
+
+from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+
+__all__ = ["DiffusionDPOConfig", "DiffusionDPOTrainer"]

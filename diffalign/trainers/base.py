@@ -1,0 +1,416 @@
+"""The training loop that every method shares, on accelerate.
+
+A method says how a batch is made and what it costs (:meth:`Trainer.losses`); everything else is here:
+adapters or all weights, optimiser, accumulation, mixed precision, checkpoints, exact resume, logs, alarms,
+the result.
+
+One optimiser step is one synchronisation with the device: losses, metrics and the gradient norm come back
+together. Losses are summed and divided by the number of pairs of the step, so the micro-batch size is a
+matter of memory only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffalign import output
+from diffalign.errors import RunFailed, UserError
+from diffalign.models import ModelAdapter, load_adapter
+from diffalign.pipelines.load import resolve_model
+from diffalign.trainers import checkpoint
+from diffalign.trainers.card import write_card
+from diffalign.trainers.config import TrainConfig
+from diffalign.trainers.health import Health
+from diffalign.trainers.log import JsonLines
+from diffalign.trainers.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=TrainConfig)
+LOG = "log.jsonl"
+EMA = "ema.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :meth:`Trainer.train` gives back.
+
+    ``output_dir`` holds the weights; ``metrics`` are those of the last step (empty if nothing was left to
+    do); ``alarms`` are the health alarms of the run, name -> sentence.
+    """
+
+    output_dir: Path
+    global_step: int
+    metrics: dict[str, Any]
+    alarms: dict[str, str]
+
+
+class Trainer(ABC, Generic[C]):
+    """Base of the methods.
+
+    Args:
+        config: the options; checked here.
+        model: a pipeline (trained in place), a folder, a hub id or ``playground/<name>``, instead of
+            ``config.pretrained_model_name_or_path``.
+        dataset: data instead of ``config.dataset_name``.
+
+    Attributes after :meth:`train`: ``pipeline``, with the trained weights in it.
+
+    Raises:
+        UserError: options that cannot work, an output folder in use.
+    """
+
+    method: ClassVar[str]  # as on the command line
+
+    def __init__(self, config: C, model: Any = None, dataset: Any = None) -> None:
+        config.check()
+        self.config = config
+        self._model = model if model is not None else config.pretrained_model_name_or_path
+        if isinstance(self._model, str | Path) and str(self._model):
+            self._model = resolve_model(str(self._model))
+        self._dataset = dataset if dataset is not None else config.dataset_name
+        if isinstance(self._model, str) and not self._model:
+            raise UserError("no model to train: give --pretrained_model_name_or_path, a folder or a hub id")
+        if isinstance(self._dataset, str) and not self._dataset:
+            raise UserError("no data to train on: give --dataset_name, a folder, file or hf://owner/name")
+        self.accelerator = _accelerator(config)
+        self.folder = Path(config.output_dir).expanduser()
+        self._resume: Path | None = None
+        if config.resume_from_checkpoint:
+            self._resume = checkpoint.resolve(config.resume_from_checkpoint, self.folder)
+        if self.accelerator.is_main_process:
+            self._claim_folder()
+        self.accelerator.wait_for_everyone()
+
+    # ---------------------------------------------------------------- what a method provides
+
+    @abstractmethod
+    def open_data(self) -> None:
+        """Open and check the data; called before the model is loaded."""
+
+    @abstractmethod
+    def encode(self) -> None:
+        """Encode the data with ``self.adapter``. The main process does it first, the others then find it
+        done."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Set up what the steps need, the reference above all; the weights are still the initial ones."""
+
+    @abstractmethod
+    def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
+        """The pairs at places ``slots`` of the global batch of ``step`` (counted from 0).
+
+        Returns:
+            Loss of each pair ``(len(slots),)``, differentiable, and sums over the pairs of whatever
+            :meth:`summarise` reads, ``(K,)`` float32 without gradient.
+        """
+
+    @abstractmethod
+    def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
+        """Metrics of a step from the ``K`` sums of all its ``pairs``."""
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> TrainResult:
+        """Run to ``max_train_steps``; write checkpoints, log, weights and model card.
+
+        Raises:
+            UserError: data or model that cannot be used.
+            RunFailed: a loss that is not finite; the state before it is saved as a checkpoint.
+        """
+        config, accelerator = self.config, self.accelerator
+        self.open_data()
+        self.adapter = self._load_model()
+        self.pipeline = self.adapter.pipeline
+        # Weights come before the data: an init_lora that does not fit should not wait for a whole encoding.
+        self.weights = Weights(self.adapter, config)
+        self.adapter.module.to(accelerator.device)
+        self.adapter.encoders_to(accelerator.device)
+        with accelerator.main_process_first():
+            self.encode()
+        self.adapter.encoders_to("cpu")
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.prepare()
+        self._prepare_optimisation()
+        start = self._restore(self._resume) if self._resume else 0
+        self._start_trackers()
+        log = JsonLines(self.folder / LOG, start) if accelerator.is_main_process else None
+        metrics: dict[str, Any] = {}
+        alarms: dict[str, str] = {}
+        health = Health()
+        try:
+            with self._bar(start) as bar:
+                for step in range(start, config.max_train_steps):
+                    metrics = self._optimiser_step(step)
+                    fired = health.update(metrics)
+                    for name, sentence in fired.items():
+                        logger.warning("step %d: %s: %s", step + 1, name, sentence)
+                    alarms |= fired
+                    accelerator.log({k: v for k, v in metrics.items() if isinstance(v, float)}, step=step + 1)
+                    if log:
+                        log.write(metrics | ({"alarms": sorted(fired)} if fired else {}))
+                    bar.set_postfix(self._shown(metrics), refresh=False)
+                    bar.update()
+                    every = config.checkpointing_steps
+                    if every and (step + 1) % every == 0:
+                        self._save_checkpoint(step + 1)
+        finally:
+            if log:
+                log.close()
+            accelerator.end_training()
+        self._finish(metrics, alarms)
+        return TrainResult(self.folder, max(start, config.max_train_steps), metrics, alarms)
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimiser step, over all processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _optimiser_step(self, step: int) -> dict[str, Any]:
+        config, accelerator = self.config, self.accelerator
+        started = time.perf_counter()
+        rate = self._learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        own_pairs = config.train_batch_size * config.gradient_accumulation_steps
+        total: Tensor | None = None
+        for micro in range(config.gradient_accumulation_steps):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
+            last = micro == config.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.adapter.denoiser):
+                with accelerator.autocast():
+                    losses, sums = self.losses(step, range(first, first + config.train_batch_size))
+                # Data parallel averages gradients over processes, so each divides by its own pairs.
+                accelerator.backward(losses.sum() / own_pairs)
+            sums = torch.cat([losses.detach().sum()[None].float(), sums])
+            total = sums if total is None else total + sums
+        assert total is not None
+        norm = accelerator.clip_grad_norm_(self.weights.trainable, config.max_grad_norm)
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")
+        values = torch.cat([total, torch.as_tensor(norm, device=total.device).float()[None]]).tolist()
+        loss = values[0] / self.pairs_per_step
+        # A GradScaler meets infinite gradients on purpose and skips those steps by itself.
+        if not math.isfinite(loss) or (config.mixed_precision != "fp16" and not math.isfinite(values[-1])):
+            self._fail(step, "loss" if not math.isfinite(loss) else "gradient")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(self.weights.trainable)
+        return {
+            "step": step + 1,
+            "epoch": (step + 1) * self.pairs_per_step / self.data_length,
+            "loss": loss,
+            **self.summarise(values[1:-1], self.pairs_per_step),
+            "grad_norm": values[-1] if math.isfinite(values[-1]) else None,
+            "learning_rate": rate,
+            "step_seconds": time.perf_counter() - started,
+        }
+
+    data_length: int  # pairs of the data; set by open_data or prepare
+
+    # ---------------------------------------------------------------- set-up
+
+    def _claim_folder(self) -> None:
+        if self.config.resume_from_checkpoint:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
+        output.prepare(self.folder, overwrite=self.config.overwrite or self._only_a_cache())
+        checkpoint.clear(self.folder)
+        (self.folder / LOG).unlink(missing_ok=True)
+
+    def _only_a_cache(self) -> bool:
+        """Whether the folder holds nothing but encodings, of a run that ended before it began to train."""
+        return self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"cache"}
+
+    def _load_model(self) -> ModelAdapter:
+        config = self.config
+        parts = {}
+        if config.pretrained_vae_model_name_or_path:
+            parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+        return load_adapter(self._model, revision=config.revision, variant=config.variant, **parts)
+
+    def _prepare_optimisation(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.base_rate = config.learning_rate * (self.pairs_per_step if config.scale_lr else 1)
+        if config.scale_lr and accelerator.is_main_process:
+            logger.warning(
+                "learning rate %g x %d pairs per step = %g",
+                config.learning_rate,
+                self.pairs_per_step,
+                self.base_rate,
+            )
+        optimizer = _adamw(config)(
+            self.weights.trainable,
+            lr=self.base_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        # A function of the step, counted in optimiser steps: nothing of it has to be saved.
+        self._lr_factor = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        ).lr_lambdas[0]
+        self.adapter.denoiser, self.optimizer = accelerator.prepare(self.adapter.module, optimizer)
+        self.ema = EMAModel(self.weights.trainable, decay=config.ema_decay) if config.use_ema else None
+        if self.ema:
+            self.ema.to(accelerator.device)
+
+    def _learning_rate(self, step: int) -> float:
+        # The schedule's own step 0 has rate 0 during warm-up; the first update should do something.
+        warming = step < self.config.lr_warmup_steps
+        return self.base_rate * self._lr_factor(step + 1 if warming else step)
+
+    def _start_trackers(self) -> None:
+        if self.accelerator.log_with:
+            options = {k: v for k, v in asdict(self.config).items() if isinstance(v, str | int | float)}
+            self.accelerator.init_trackers("diffalign", config=options)
+
+    @contextlib.contextmanager
+    def _bar(self, start: int) -> Iterator[Any]:
+        hidden = not (self.config.progress and self.accelerator.is_main_process)
+        with tqdm(
+            total=self.config.max_train_steps, initial=start, desc=self.method, disable=hidden, unit="step"
+        ) as bar:
+            yield bar
+
+    @staticmethod
+    def _shown(metrics: dict[str, Any]) -> dict[str, str]:
+        shown = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+        return {short: f"{metrics[name]:.3f}" for name, short in shown.items() if name in metrics}
+
+    # ---------------------------------------------------------------- state
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Processes hold the same state, so the main one writes it; the others wait."""
+        if self.accelerator.is_main_process:
+            rest: dict[str, Any] = {"step": step, "method": self.method, "options": asdict(self.config)}
+
+            def fill(folder: Path) -> None:
+                self.weights.save(folder)
+                rest["optimizer"] = checkpoint.save_optimizer(self.optimizer, folder)
+                if self.ema:
+                    checkpoint.save_named(self.weights.names, self.ema.shadow_params, folder / EMA)
+                    rest["ema_step"] = self.ema.optimization_step
+                if self.accelerator.scaler is not None:
+                    rest["scaler"] = self.accelerator.scaler.state_dict()
+
+            checkpoint.write(self.folder, step, fill, rest)
+            checkpoint.rotate(self.folder, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path) -> int:
+        state = checkpoint.read_state(folder)
+        if state["method"] != self.method:
+            raise UserError(f"{folder} is a checkpoint of {state['method']}, not of {self.method}")
+        self._warn_of_changes(state["options"])
+        self.weights.load(folder)
+        checkpoint.load_optimizer(self.optimizer, folder, state["optimizer"])
+        if self.ema:
+            if not (folder / EMA).is_file():
+                raise UserError(f"{folder} has no moving average; resume without --use_ema")
+            averages = load_file(folder / EMA)
+            for shadow, name in zip(self.ema.shadow_params, self.weights.names, strict=True):
+                shadow.copy_(averages[name])
+            self.ema.optimization_step = state["ema_step"]
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def _warn_of_changes(self, before: dict[str, Any]) -> None:
+        free = {"output_dir", "overwrite", "resume_from_checkpoint", "progress", "report_to", "cache_dir"}
+        free |= {"checkpointing_steps", "checkpoints_total_limit"}
+        now = json.loads(json.dumps(asdict(self.config)))
+        changed = [k for k, v in now.items() if k not in free and before.get(k) != v]
+        if changed and self.accelerator.is_main_process:
+            logger.warning("resuming with other options than before: %s", ", ".join(changed))
+
+    def _fail(self, step: int, what: str) -> None:
+        self._save_checkpoint(step)
+        raise RunFailed(
+            f"the {what} is not finite in step {step + 1}; the state before it is in "
+            f"{self.folder / f'{checkpoint.PREFIX}{step}'}: resume from there with a lower --learning_rate, "
+            "or with --mixed_precision bf16 instead of fp16"
+        )
+
+    # ---------------------------------------------------------------- result
+
+    def _finish(self, metrics: dict[str, Any], alarms: dict[str, str]) -> None:
+        self.adapter.denoiser = self.accelerator.unwrap_model(self.adapter.denoiser)
+        if self.ema:
+            self.ema.copy_to(self.weights.trainable)
+        if self.accelerator.is_main_process:
+            self.weights.export(self.folder)
+            write_card(self, metrics, alarms)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    # One process may train several times with different precisions; accelerate keeps the first in a
+    # singleton.
+    AcceleratorState._reset_state()
+    trackers = [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_dir=str(Path(config.output_dir).expanduser() / "logs"),
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate refuses these options: {error}") from error
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in kinds:
+        raise UserError(
+            "training runs on one device or data-parallel on several, "
+            f"not under {accelerator.distributed_type}"
+        )
+    return accelerator
+
+
+def _adamw(config: TrainConfig) -> Any:
+    if not config.use_8bit_adam:
+        import functools
+
+        return functools.partial(torch.optim.AdamW, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("use_8bit_adam needs bitsandbytes: pip install 'diffalign[bnb]'") from error
+    return bitsandbytes.optim.AdamW8bit
+
+
+def _load_vae(path: str) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the autoencoder {path} could not be loaded: {error}") from error

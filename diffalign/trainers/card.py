@@ -1,0 +1,68 @@
+"""The model card that goes with trained weights: what they are, how to load them, how to make them again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.output import write_text
+
+if TYPE_CHECKING:
+    from diffalign.trainers.base import Trainer
+
+OF_THIS_MACHINE = ("output_dir", "cache_dir", "overwrite", "resume_from_checkpoint", "progress")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def write_card(trainer: Trainer[Any], metrics: dict[str, Any], alarms: dict[str, str]) -> None:
+    """Write ``README.md`` into the output folder."""
+    config = trainer.config
+    base = trainer.pipeline.config.get("_name_or_path") or config.pretrained_model_name_or_path
+    lora = trainer.weights.lora
+    tags = ["diffusers", "diffusers-training", "text-to-image", "diffalign", trainer.method]
+    head = {"library_name": "diffusers", "tags": tags + ["lora"] * lora}
+    if base and not Path(base).exists():  # the hub wants an id; a path of this machine means nothing to it
+        head["base_model"] = base
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    defaults = {f.name: f.default for f in fields(config)}
+    options = {k: v for k, v in asdict(config).items() if k not in OF_THIS_MACHINE and v not in ([], {})}
+    changed = {k: v for k, v in options.items() if v != defaults[k]}
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    load = f'pipe = DiffusionPipeline.from_pretrained("{base or "base model"}")\npipe.load_lora_weights(".")'
+    if not lora:
+        load = 'pipe = DiffusionPipeline.from_pretrained(".")'
+    kind = "A LoRA" if lora else "All weights of the denoiser"
+    text = f"""---
+{yaml}
+---
+
+# {trainer.method}
+
+{kind}, trained with `diffalign train {trainer.method}` on {trainer.data_length:,} pairs
+({trainer.pairs_per_step} per step).
+
+```python
+from diffusers import DiffusionPipeline
+
+{load}
+```
+
+Options that differ from the defaults:
+
+```json
+{json.dumps(changed, indent=2)}
+```
+
+Metrics of the last step (all steps: `log.jsonl`):
+
+| metric | value |
+|---|---|
+{chr(10).join(f"| {name} | {value:.6g} |" for name, value in numbers.items())}
+"""
+    if alarms:
+        text += "\nAlarms during training:\n\n" + "".join(f"- {n}: {s}\n" for n, s in alarms.items())
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    write_text(trainer.folder / "README.md", f"{text}\nVersions: {versions}.\n")

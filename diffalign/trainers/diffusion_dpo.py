@@ -1,0 +1,93 @@
+"""Diffusion-DPO (Wallace et al. 2023) and the family of losses on its log-ratios.
+
+With shared noise and time in a pair, ``z = beta [ (ell - ell_ref)(chosen) - (ell - ell_ref)(rejected) ]``,
+``ell = -1/2 mean((f - y)^2)``, and the loss is ``-log s(z)`` or any row of :data:`diffalign.losses.LOSSES`.
+Beta has this halved convention of the paper's code; diffusers' LoRA research script, which leaves the half
+out, has the same strength at half the beta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.errors import UserError, suggestion
+from diffalign.likelihood import Errors
+from diffalign.losses import get_loss
+from diffalign.trainers.base import TrainResult
+from diffalign.trainers.pairs import PairConfig, PairTrainer
+
+
+@dataclass(kw_only=True)
+class DiffusionDPOConfig(PairConfig):
+    """Diffusion-DPO: align a text-to-image model with preference pairs.
+
+    Args:
+        beta_dpo: how strongly the model is held to its reference, for mean-reduced errors; 500 to 5000. The
+            gradient grows with it: learning_rate times beta_dpo is what sets the pace.
+        loss_type: sigmoid, robust, ipo, ipo_raw, hinge, exo_pair, nca_pair, bco_pair, apo_zero, apo_down,
+            sppo, dpop, alpha_dpo or simpo (which needs no reference).
+        label_smoothing: probability that a label is wrong; for sigmoid, robust and exo_pair.
+        loss_options: further settings of a loss, such as penalty for dpop or gamma for simpo.
+        sft_weight: adds so many times the denoising error of the chosen image, in units of beta/2: 1 pulls as
+            hard as an unsure pair pushes. A guard against falling winners.
+    """
+
+    learning_rate: float = 1e-5
+    beta_dpo: float = 2000.0
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    loss_options: dict[str, float] = field(default_factory=dict)
+    sft_weight: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        self._need("beta_dpo", self.beta_dpo > 0, "above 0")
+        self._need("label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5")
+        self._need("sft_weight", self.sft_weight >= 0, "0 or more")
+        loss = get_loss(self.loss_type)
+        for name in self.options():
+            if name not in loss.options:
+                allowed = ", ".join(loss.options) or "none"
+                raise UserError(
+                    f"loss_type {self.loss_type} has no setting {name!r}"
+                    f"{suggestion(name, list(loss.options))} (it has: {allowed})"
+                )
+        if self.reference_draws and not loss.reference:
+            raise UserError(f"loss_type {self.loss_type} needs no reference, so reference_draws must be 0")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the loss."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return smoothing | self.loss_options
+
+
+class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
+    """``DiffusionDPOTrainer(config, model=pipeline_or_path, dataset=pairs_or_path).train()``."""
+
+    method = "diffusion-dpo"
+
+    def __init__(self, config: DiffusionDPOConfig, model: Any = None, dataset: Any = None) -> None:
+        super().__init__(config, model, dataset)
+        self.loss = get_loss(config.loss_type)
+        self.needs_reference = self.loss.reference
+        self.beta = config.beta_dpo
+
+    def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        chosen, rejected = errors.log_ratio().chunk(2)
+        options = config.options()
+        losses = self.loss.fn(chosen, rejected, self.beta, **options)
+        if config.ties == "soft":  # the chosen one won only with this probability
+            swapped = self.loss.fn(rejected, chosen, self.beta, **options)
+            losses = preference * losses + (1 - preference) * swapped
+        if config.sft_weight:
+            losses = losses + config.sft_weight * 0.5 * self.beta * errors.policy.chunk(2)[0]
+        return losses, self.beta * (chosen - rejected)
+
+
+def run(config: DiffusionDPOConfig) -> TrainResult:
+    """The command ``diffalign train diffusion-dpo``."""
+    return DiffusionDPOTrainer(config).train()

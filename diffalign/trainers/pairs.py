@@ -1,0 +1,294 @@
+"""Training on preference pairs through the denoiser likelihood: what all offline pair methods share.
+
+A method adds its options and turns log-ratios into a loss (:meth:`PairTrainer.pair_loss`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data import PairDataset, open_pairs
+from diffalign.data.cache import CachedPairs, cached_pairs
+from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
+from diffalign.trainers import draws
+from diffalign.trainers.base import Trainer
+from diffalign.trainers.config import TrainConfig
+
+P = TypeVar("P", bound="PairConfig")
+
+TIME_BINS = 4
+SIDES = ("chosen", "rejected", "reference_chosen", "reference_rejected")
+
+
+@dataclass(kw_only=True)
+class PairConfig(TrainConfig):
+    """Options of a method on pairs.
+
+    Args:
+        weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
+        snr_gamma: gamma of weighting snr_gamma.
+        ties: pairs without a winner: drop, soft (trained towards even odds) or error.
+        reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
+            time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
+            but sees no other noise.
+    """
+
+    weighting: str = "native"
+    snr_gamma: float = 5.0
+    ties: Literal["drop", "soft", "error"] = "drop"
+    reference_draws: int = 0
+
+    def check(self) -> None:
+        super().check()
+        self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("snr_gamma", self.snr_gamma > 0, "above 0")
+        self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """One micro-batch of B pairs on the device, as 2B rows: chosen ones first.
+
+    ``latents (2B, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2B,)`` in host
+    memory; ``cond``: each ``(2B, ...)``; ``preference (B,)``; ``empty``: pairs without their caption;
+    ``rows``: indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    cond: dict[str, Tensor]
+    preference: Tensor
+    empty: int
+    rows: list[int]
+    draws: list[int]
+
+
+class PairTrainer(Trainer[P]):
+    """Pairs in, log-ratios out.
+
+    Attributes:
+        needs_reference: whether the loss compares with a reference; if not, none is run or kept.
+        beta: what a log-ratio is multiplied with for the logged rewards.
+    """
+
+    needs_reference = True
+    beta: float
+
+    # ---------------------------------------------------------------- data
+
+    def open_data(self) -> None:
+        config = self.config
+        source = self._dataset
+        if isinstance(source, PairDataset):
+            self.pairs = source[: config.max_train_samples] if config.max_train_samples else source
+        else:
+            self.pairs = open_pairs(
+                source, split=config.dataset_split, ties=config.ties, limit=config.max_train_samples
+            )
+        self.data_length = len(self.pairs)
+
+    def encode(self) -> None:
+        config, adapter = self.config, self.adapter
+        self.data: CachedPairs = cached_pairs(
+            self.pairs,
+            Path(config.cache_dir).expanduser() if config.cache_dir else self.folder / "cache",
+            encode_images=adapter.encode_images,
+            encode_prompts=adapter.encode_prompts,
+            key={"family": type(adapter).__name__, **adapter.identity()},
+            resolution=config.resolution or adapter.default_resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
+            progress=config.progress and self.accelerator.is_main_process,
+        )
+        self.no_caption = adapter.encode_prompts([""]) if config.proportion_empty_prompts else {}
+
+    def batch(self, step: int, slots: range) -> PairBatch:
+        """The pairs at places ``slots`` of the global batch of ``step``, with noise and times."""
+        config, seed = self.config, self.config.seed
+        positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
+        rows = draws.rows_at(positions, seed=seed, length=len(self.data))
+        if config.random_flip:  # one generator per pair, so that its flip does not depend on its neighbours
+            singles = [
+                self.data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", step, slot)))
+                for row, slot in zip(rows, slots, strict=True)
+            ]
+            latents, preference = (torch.cat([s[k] for s in singles]) for k in ("latents", "preference"))
+            cond = {k: torch.cat([s["cond"][k] for s in singles]) for k in singles[0]["cond"]}
+        else:
+            found = self.data.batch(rows)
+            latents, preference, cond = found["latents"], found["preference"], found["cond"]
+        drawn = [
+            self._draw(step, slot, row, latents.shape[2:]) for slot, row in zip(slots, rows, strict=True)
+        ]
+        return self._assemble(latents, cond, preference, drawn, rows)
+
+    def _assemble(
+        self,
+        latents: Tensor,
+        cond: dict[str, Tensor],
+        preference: Tensor,
+        drawn: list[_Draw],
+        rows: list[int],
+    ) -> PairBatch:
+        """``latents (B, 2, C, ...)``, ``cond (B, ...)`` of a draw per pair, as a batch on the device."""
+        noise = torch.from_numpy(np.stack([d.noise for d in drawn]))
+        empty = torch.tensor([d.empty for d in drawn])
+        if empty.any():
+            cond = {k: torch.where(_like(empty, v), self.no_caption[k].to(v), v) for k, v in cond.items()}
+        device = self.accelerator.device
+
+        def both(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True).repeat(2, *[1] * (tensor.ndim - 1))
+
+        return PairBatch(
+            latents=latents.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1),
+            noise=both(noise),
+            t=torch.tensor([d.t for d in drawn]).repeat(2),
+            cond={name: both(values) for name, values in cond.items()},
+            preference=preference.to(device, non_blocking=True),
+            empty=int(empty.sum()),
+            rows=rows,
+            draws=[d.number for d in drawn],
+        )
+
+    def _draw(self, step: int, slot: int, row: int, shape: torch.Size) -> _Draw:
+        if self.config.reference_draws:
+            number = int(
+                draws.generator(self.config.seed, "draw", step, slot).integers(self.config.reference_draws)
+            )
+            return self._fixed(row, number, shape)
+        return self._from(draws.generator(self.config.seed, "noise", step, slot), shape, -1)
+
+    def _fixed(self, row: int, number: int, shape: torch.Size) -> _Draw:
+        return self._from(draws.generator(self.config.seed, "fixed", row, number), shape, number)
+
+    def _from(self, numbers: np.random.Generator, shape: torch.Size, number: int) -> _Draw:
+        empty = numbers.random() < self.config.proportion_empty_prompts
+        t = int(numbers.integers(self.adapter.schedule.num_train_timesteps))
+        return _Draw(numbers.standard_normal(tuple(shape), dtype=np.float32), t, empty, number)
+
+    # ---------------------------------------------------------------- likelihood and loss
+
+    @abstractmethod
+    def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each pair and its logit ``z``, both ``(B,)``, from the errors of 2B rows."""
+
+    def prepare(self) -> None:
+        self._table: Tensor | None = None
+        if not self.needs_reference:
+            return
+        self.weights.use_as_reference()
+        if self.config.reference_draws:
+            self._table = self._reference_table()
+            self.adapter.reference = None
+
+    def _reference_table(self) -> Tensor:
+        """Errors of the reference at every fixed draw, ``(pairs, draws, 2)`` float32; processes share the
+        work."""
+        config, accelerator = self.config, self.accelerator
+        draws_per_pair = config.reference_draws
+        table = torch.zeros(len(self.data) * draws_per_pair, 2, device=accelerator.device)
+        own = range(accelerator.process_index, len(table), accelerator.num_processes)
+        hidden = not (config.progress and accelerator.is_main_process)
+        for first in tqdm(range(0, len(own), config.train_batch_size), "reference", disable=hidden):
+            cells = list(own[first : first + config.train_batch_size])
+            rows = [cell // draws_per_pair for cell in cells]
+            found = self.data.batch(rows)
+            shape = found["latents"].shape[2:]
+            fixed = [self._fixed(cell // draws_per_pair, cell % draws_per_pair, shape) for cell in cells]
+            batch = self._assemble(found["latents"], found["cond"], found["preference"], fixed, rows)
+            noised = add_noise(
+                self.adapter.schedule, self.adapter.prediction_type, batch.latents, batch.noise, batch.t
+            )
+            with torch.no_grad(), accelerator.autocast():
+                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond, reference=True)
+            table[cells] = denoising_error(prediction, noised.target).reshape(2, -1).T.float()
+        if accelerator.num_processes > 1:
+            table = accelerator.reduce(table, "sum")
+        return table.reshape(len(self.data), draws_per_pair, 2)
+
+    def _reference_errors(self, batch: PairBatch) -> bool | Tensor:
+        """What :func:`diffalign.likelihood.evaluate` is told of the reference."""
+        if self._table is None:
+            return self.needs_reference
+        return self._table[batch.rows, batch.draws].T.flatten()
+
+    def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
+        config, adapter = self.config, self.adapter
+        batch = self.batch(step, slots)
+        noised = add_noise(adapter.schedule, adapter.prediction_type, batch.latents, batch.noise, batch.t)
+        weight = error_weight(
+            config.weighting, adapter.schedule, adapter.prediction_type, batch.t, gamma=config.snr_gamma
+        )
+        errors = evaluate(
+            adapter.denoise,
+            noised,
+            batch.cond,
+            reference=self._reference_errors(batch),
+            weight=None if weight is None else weight.to(noised.x_t.device),
+        )
+        losses, logit = self.pair_loss(errors, batch.preference)
+        return losses, self._sums(errors, logit.detach(), batch)
+
+    # ---------------------------------------------------------------- metrics
+
+    def _sums(self, errors: Errors, logit: Tensor, batch: PairBatch) -> Tensor:
+        """What :meth:`summarise` reads, in its order; stays on the device."""
+        policy = errors.policy.detach()
+        reference = errors.reference if errors.reference is not None else torch.zeros_like(policy)
+        sides = torch.stack([*policy.chunk(2), *reference.chunk(2)]).float()  # as SIDES
+        rewards = -0.5 * self.beta * (sides[:2] - sides[2:])
+        margin = rewards[0] - rewards[1]
+        won = (margin > 0).float() + 0.5 * (margin == 0)
+        scalars = torch.stack([*rewards, margin, margin.square(), won, torch.sigmoid(-logit), *sides])
+        steps = self.adapter.schedule.num_train_timesteps
+        bins = (batch.t[: len(logit)] * TIME_BINS / steps).long().clamp(0, TIME_BINS - 1)
+        in_bin = torch.nn.functional.one_hot(bins, TIME_BINS).to(sides)
+        by_time = (sides @ in_bin).flatten()
+        empty = torch.full((1,), float(batch.empty), device=sides.device)
+        return torch.cat([scalars.sum(1), in_bin.sum(0), by_time, empty])
+
+    def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
+        means = [value / pairs for value in sums[:10]]
+        chosen, rejected, margin, square, won, factor = means[:6]
+        shown = SIDES if self.needs_reference else SIDES[:2]
+        counts = sums[10 : 10 + TIME_BINS]
+        binned = np.array(sums[10 + TIME_BINS : -1]).reshape(len(SIDES), TIME_BINS)
+        by_time = {
+            side: [s / n if n else None for s, n in zip(row, counts, strict=True)]
+            for side, row in zip(shown, binned.tolist(), strict=False)
+        }
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": margin,
+            "rewards/margins_std": max(square - margin * margin, 0.0) ** 0.5,
+            "rewards/accuracies": won,
+            "gradient_factor": factor,
+            **{f"errors/{side}": value for side, value in zip(shown, means[6:], strict=False)},
+            "errors_by_time": by_time,
+            "empty_captions": sums[-1] / pairs,
+            "skipped_rows": len(self.pairs.skipped),
+        }
+
+
+@dataclass(frozen=True)
+class _Draw:
+    noise: np.ndarray
+    t: int
+    empty: bool
+    number: int  # of the fixed draw, -1 for a fresh one
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (values.ndim - 1))

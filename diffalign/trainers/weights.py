@@ -1,0 +1,188 @@
+"""What is trained: a LoRA on the denoiser or all of its weights; how it is stored, resumed and given away."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.models import ModelAdapter
+from diffalign.models.reference import adapters_off, frozen_copy, named_adapter
+from diffalign.trainers.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+POLICY = "default"  # the adapter name that readers of LoRA files expect
+REFERENCE = "reference"
+HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Weights:
+    """The trainable weights of ``adapter.module``, float32 whatever the precision of the rest.
+
+    Dropout is off throughout: policy and reference must be the same function where their weights agree.
+
+    Attributes:
+        trainable: the parameters that the optimiser updates; ``names``: their names, in the same order.
+
+    Raises:
+        UserError: a LoRA that fits no layer, a pipeline that carries adapters already, no LoRA at init_lora.
+    """
+
+    def __init__(self, adapter: ModelAdapter, config: TrainConfig) -> None:
+        self.adapter, self.lora = adapter, config.rank > 0
+        self._continues = config.init_lora is not None
+        module = adapter.module
+        if getattr(module, "peft_config", None):
+            raise UserError(
+                f"the pipeline already carries the adapters {', '.join(module.peft_config)}: call "
+                "unload_lora_weights() first, or give the LoRA to go on from as init_lora"
+            )
+        for part in adapter.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        # A LoRA's frozen base may be half precision; what is trained never is.
+        wanted = HALF[config.mixed_precision] if self.lora else torch.float32
+        if wanted not in (None, module.dtype):
+            module.to(wanted)
+        if self.lora:
+            self._add_lora(config)
+            cast_training_params(module, torch.float32)
+        else:
+            module.requires_grad_(True)
+        if config.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.trainable = [p for _, p in named]
+
+    def use_as_reference(self) -> None:
+        """Make the weights as they are now the reference policy, in the cheapest way that holds."""
+        if not self.lora:
+            self.adapter.reference = frozen_copy(self.adapter.module)
+        elif self._continues:
+            self.adapter.reference = named_adapter(REFERENCE)
+        else:
+            self.adapter.reference = adapters_off
+
+    def save(self, folder: Path) -> None:
+        """Write the weights in diffusers' format: a LoRA file, or the folder of the denoiser."""
+        module = self.adapter.module
+        if self.lora:
+            settings = module.peft_config[POLICY].to_dict()
+            settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+            state = get_peft_model_state_dict(module, adapter_name=POLICY)
+            self.adapter.save_lora(folder, state, settings)
+        else:
+            module.save_pretrained(folder / self.adapter.denoiser_name)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, exact to the bit.
+
+        Raises:
+            UserError: the checkpoint holds other weights.
+        """
+        module = self.adapter.module
+        if self.lora:
+            state, settings = self.adapter.load_lora(folder)
+            self._set_lora(state, POLICY, folder)
+            if settings and settings.get("r") != module.peft_config[POLICY].r:
+                raise UserError(
+                    f"{folder} has rank {settings['r']}, this run has rank {module.peft_config[POLICY].r}"
+                )
+        else:
+            try:
+                stored = type(module).from_pretrained(folder / self.adapter.denoiser_name)
+            except OSError as error:
+                raise UserError(f"{folder} has no {self.adapter.denoiser_name} to resume from") from error
+            module.load_state_dict(stored.state_dict())
+
+    def export(self, folder: Path) -> None:
+        """Write the result: a LoRA file, or a whole pipeline. Each file or folder appears when complete."""
+        part = folder / ".result.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        if self.lora:
+            self.save(part)
+        else:
+            self.adapter.pipeline.save_pretrained(part)
+        for path in part.iterdir():
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.rename(target)
+        part.rmdir()
+
+    # ---------------------------------------------------------------- LoRA
+
+    def _add_lora(self, config: TrainConfig) -> None:
+        targets: Any = config.lora_targets or list(self.adapter.lora_targets)
+        if config.init_lora is None:
+            settings = {"r": config.rank, "lora_alpha": config.rank, "target_modules": targets}
+            self._attach(POLICY, settings, config.seed)
+            return
+        folder = Path(config.init_lora).expanduser()
+        state, settings = self.adapter.load_lora(folder)
+        settings = _shape_of(state) | {k: v for k, v in settings.items() if k in _SHAPE and v}
+        if settings["r"] != config.rank:
+            logger.warning(
+                "init_lora has rank %d, which takes the place of rank=%d", settings["r"], config.rank
+            )
+        for name in (POLICY, REFERENCE):
+            self._attach(name, settings, config.seed)
+            self._set_lora(state, name, folder)
+        module = self.adapter.module
+        module.set_adapter(POLICY)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(f".{POLICY}." in name)
+
+    def _attach(self, name: str, settings: dict[str, Any], seed: int) -> None:
+        # New weights come from the seed, and the caller's generator is left alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                self.adapter.module.add_adapter(
+                    LoraConfig(init_lora_weights="gaussian", **settings), adapter_name=name
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"no layer of this model is called {settings['target_modules']}: {error}"
+                ) from error
+
+    def _set_lora(self, state: dict[str, Tensor], name: str, folder: Path) -> None:
+        problem: Any
+        try:
+            loaded: Any = set_peft_model_state_dict(self.adapter.module, state, adapter_name=name)
+            problem = loaded.unexpected_keys or [k for k in loaded.missing_keys if f".{name}." in k]
+        except RuntimeError as error:
+            problem = [" ".join(str(error).split())]
+        if problem:
+            raise UserError(f"the LoRA in {folder} does not fit this model: {str(problem[0])[:200]}")
+
+
+_SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def _shape_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of a LoRA file without metadata; alpha = rank, as readers without metadata assume."""
+    down = {key.split(".lora_A", 1)[0]: value for key, value in state.items() if ".lora_A" in key}
+    if not down:
+        raise UserError("init_lora has no LoRA for the denoiser")
+    ranks = {name: value.shape[0] for name, value in down.items()}
+    rank = max(ranks.values())
+    pattern = {name: r for name, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(down),
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+    }
