@@ -324,7 +324,8 @@ def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> Sh
         return ShardStore(None)
     place = Path(folder) / f"{kind}-{_hash(text)[:16]}"
     store = ShardStore(place)
-    write_json(place / "settings.json", settings)
+    if not (place / "settings.json").is_file():  # for people; other processes may be reading beside us
+        write_json(place / "settings.json", settings)
     return store
 
 

@@ -289,7 +289,7 @@ def _from_table(
             rows.append(row)
     tied = [bad.id for bad in skipped.values() if bad.reason == "tie"]
     if tied and ties == "error":
-        raise UserError(f"{table.name} has {len(tied)} ties (first: {tied[0]}); use ties=drop or ties=soft")
+        raise UserError(f"ties in {table.name}: {len(tied)} (first: {tied[0]}); use ties=drop or ties=soft")
     if not rows:
         why = reasons(skipped.values()) or "it is empty"
         raise UserError(f"no usable pair in {table.name}: {why}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+HOUR = 3600.0  # seconds
 
 
 class ShardStore:
@@ -37,6 +41,9 @@ class ShardStore:
             folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.glob("*.safetensors")):
                 self._open(path)
+            for path in folder.glob(f"*{PARTIAL}"):  # left by a killed process, not being written by another
+                if time.time() - path.stat().st_mtime > HOUR:
+                    path.unlink(missing_ok=True)
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
@@ -62,10 +69,12 @@ class ShardStore:
             return
         path = self._folder / f"{_sha256(*map(str.encode, keys))[:24]}.safetensors"
         metadata = {"format": "pt", "keys": json.dumps(list(keys)), "sha256": _checksum(held)}
-        # One name per shard: what a killed process left half-written is overwritten by the next one.
-        partial = path.with_suffix(".partial")
-        save_file(held, partial, metadata=metadata)
-        os.replace(partial, path)
+        partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")  # of this process, should two build one cache
+        try:
+            save_file(held, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         self._register(keys, path)
 
     def rows(self, keys: Sequence[str], memory_limit: int) -> dict[str, Tensor | ShardedRows]:
@@ -101,7 +110,7 @@ class ShardStore:
             self._check_shapes(tensors)
         except (SafetensorError, OSError, KeyError, ValueError):
             logger.warning("cache file %s is damaged; what it held is made again", path)
-            path.unlink()
+            path.unlink(missing_ok=True)
             return
         self._register(keys, path)
 

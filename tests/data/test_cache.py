@@ -1,10 +1,12 @@
 """The cache of latents and text embeddings: what it holds, and that nothing kills it."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -256,11 +258,14 @@ def test_resumes_after_a_kill_with_the_numbers_of_an_undisturbed_run(make, tmp_p
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    half_written = next((tmp_path / "cache").glob("images-*")) / "0123.partial"
-    half_written.write_bytes(b"x")
+    images = next((tmp_path / "cache").glob("images-*"))
+    for name, age in (("0123.1.partial", 7200), ("4567.2.partial", 5)):  # left over; being written by another
+        (images / name).write_bytes(b"x")
+        os.utime(images / name, (time.time() - age,) * 2)
     encoders = Encoders()
     resumed = build(open_pairs(folder), tmp_path / "cache", encoders)
     assert encoders.images == 60 - 20  # two whole shards were kept
+    assert [path.name for path in images.glob("*.partial")] == ["4567.2.partial"]
     assert_same(resumed, build(open_pairs(folder), tmp_path / "undisturbed"))
 
 
