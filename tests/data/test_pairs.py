@@ -268,9 +268,9 @@ def test_any_mixture_of_bad_rows_is_counted_and_replaced(make, kinds):
             with pytest.raises(UserError, match="no usable pair in "):
                 pairs[0]
             return
-        for position, i in enumerate(kept):
+        for position in range(len(kept)):
             stand_in = next(j for j in kept[position:] + kept if j in good)
-            assert pairs[position].prompt == pairs[position].prompt == f"row {stand_in}"
+            assert pairs[position].prompt == f"row {stand_in}"
             assert pixels(pairs[position].rejected) == pixels(make.picture(2 * stand_in + 1))
         expected = Counter(kind for kind in kinds if kind != "good")
         assert Counter(bad.reason for bad in pairs.skipped) == expected
