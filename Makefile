@@ -1,20 +1,25 @@
 # `make demo` and `make test` do everything on a fresh machine; the environment is built once into .venv.
+# Needed: Python 3.11 or newer (or uv, which brings one) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-UV := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
-DEMO_OUT ?= outputs/demo
+OUT ?= outputs
+# uv where it works (a pyenv shim may exist without it), else the one that pip puts into the environment.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test lint format lock bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(UV) || command -v uv >/dev/null || $(BIN)/python -m pip install --quiet uv
+	test -x $(BIN)/python \
+	    || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && $(PYTHON) -m venv $(VENV); } \
+	    || { rm -rf $(VENV) && uv venv --quiet --seed --python '>=3.11' $(VENV); } \
+	    || { rm -rf $(VENV); echo 'Needed: Python 3.11 or newer with venv (make setup PYTHON=...), or uv'; exit 1; }
+	test $(UV) = uv || test -x $(UV) || $(BIN)/python -m pip install --quiet uv
 	$(UV) pip install --python $(BIN)/python -r requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
@@ -22,7 +27,7 @@ $(STAMP): requirements.lock pyproject.toml
 setup: $(STAMP) ## build .venv from requirements.lock
 
 demo: $(STAMP) ## the main job on the embedded playground; leaves outputs/demo/report.html
-	$(BIN)/diffalign demo --output_dir $(DEMO_OUT) --overwrite true
+	$(BIN)/diffalign demo --output_dir $(OUT)/demo --overwrite
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
@@ -35,6 +40,14 @@ lint: $(STAMP) ## ruff and mypy
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(STAMP) ## samplers, step cost and training cost on this machine; leaves outputs/bench
+	$(BIN)/diffalign bench samplers --output_dir $(OUT)/bench/samplers --overwrite
+	$(BIN)/diffalign bench step --output_dir $(OUT)/bench/step --overwrite
+	$(BIN)/diffalign bench train --output_dir $(OUT)/bench/train --overwrite
+
+gpu-check: $(STAMP) ## the tests and benchmarks that need a GPU; writes docs/benchmarks/gpu.md
+	$(BIN)/python -m diffalign.bench.gpu
 
 lock: ## renew requirements.lock (needs uv)
 	uv pip compile --universal --quiet --upgrade --extra dev --no-emit-index-url --no-header \

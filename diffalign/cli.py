@@ -68,6 +68,24 @@ COMMANDS: dict[str, Command] = {
         "train the playground models from nothing",
         "diffalign playground build --what sd --output_dir outputs/playground",
     ),
+    "bench samplers": Command(
+        "diffalign.bench.samplers_report:SamplersConfig",
+        "diffalign.bench.samplers_report:run",
+        "compare samplers at equal network evaluations, on a mixture or any pipeline",
+        "diffalign bench samplers --solvers dpm-solver++ UniPCMultistepScheduler --steps 5 10 20",
+    ),
+    "bench step": Command(
+        "diffalign.bench.step:StepConfig",
+        "diffalign.bench.step:run",
+        "time scheduler.step() against diffusers' class of the same order",
+        "diffalign bench step --shapes 1x4x64x64 --repeats 50",
+    ),
+    "bench train": Command(
+        "diffalign.bench.train:BenchTrainConfig",
+        "diffalign.bench.train:run",
+        "cost of a DPO step against plain fine-tuning of the same images",
+        "diffalign bench train --networks tiny --train lora --repeats 10",
+    ),
 }
 
 

@@ -48,6 +48,15 @@ def figure_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def figure_png(figure: Figure, dpi: int = 150) -> np.ndarray:
+    """A matplotlib figure to an (H, W, 3) uint8 image; the figure stays open."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
 def new_figure(width: float = 6.0, height: float = 3.4, columns: int = 1) -> tuple[Figure, Any]:
     """A figure and its axes in the report's style; never opens a window."""
     import matplotlib

@@ -45,6 +45,14 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Autoencoders that belong to them, for what it costs to encode images inside a training step.
+VAES: dict[str, dict[str, Any]] = {
+    "tiny": {"block_out_channels": (16, 16), "norm_num_groups": 4},
+    "sd15": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    "sdxl": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+}
+
+
 def unet(size: str, seed: int = 0) -> Any:
     """A `diffusers.UNet2DConditionModel` of the shape ``UNETS[size]`` with random float32 weights."""
     import torch
@@ -54,12 +62,28 @@ def unet(size: str, seed: int = 0) -> Any:
     return UNet2DConditionModel(**UNETS[size])
 
 
+def vae(size: str, seed: int = 0) -> Any:
+    """A `diffusers.AutoencoderKL` of the shape ``VAES[size]`` with random float32 weights, four channels."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    shape = VAES[size]
+    blocks = len(shape["block_out_channels"])
+    return AutoencoderKL(
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        **shape,
+    )
+
+
 def tiny_pipeline(seed: int = 0) -> Any:
     """A complete `diffusers.StableDiffusionPipeline` that draws 32 px images in milliseconds.
 
     Its text encoder knows single characters, so any prompt is valid.
     """
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
     denoiser = unet("tiny", seed)
@@ -75,19 +99,12 @@ def tiny_pipeline(seed: int = 0) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         max_position_embeddings=tokenizer.model_max_length,
     )
-    autoencoder = AutoencoderKL(
-        block_out_channels=(16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
     pipe: Any = StableDiffusionPipeline(
-        vae=autoencoder,
+        vae=vae("tiny", seed),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=denoiser,
