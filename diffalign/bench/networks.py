@@ -45,6 +45,20 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The scheduler config that Stable Diffusion 1.5 comes with.
+SD_SCHEDULER: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
 # Autoencoders that belong to them, for what it costs to encode images inside a training step.
 VAES: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (16, 16), "norm_num_groups": 4},
@@ -100,9 +114,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
         max_position_embeddings=tokenizer.model_max_length,
     )
 
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
+    scheduler = PNDMScheduler.from_config(SD_SCHEDULER)
     pipe: Any = StableDiffusionPipeline(
         vae=vae("tiny", seed),
         text_encoder=CLIPTextModel(text),

@@ -12,9 +12,7 @@ from diffalign.output import write_json, write_text
 Rows = Sequence[Mapping[str, Any]]
 
 
-def store(
-    out: Path, name: str, config: Any, rows: Rows, columns: Sequence[str] | None = None, **more: Any
-) -> str:
+def store(out: Path, name: str, config: Any, rows: Rows, table: Rows | None = None, **more: Any) -> str:
     """Write ``<name>.json`` and ``<name>.md`` into ``out``; returns the table of the latter.
 
     Args:
@@ -22,25 +20,25 @@ def store(
         name: of the benchmark.
         config: the dataclass of its settings, seeds included.
         rows: the results, one mapping each with the same keys.
-        columns: of the table; all by default.
+        table: what the table shows; the results by default.
         more: further entries of the JSON.
     """
     from diffalign.report import versions
 
-    table = markdown(rows, columns)
+    text = markdown(rows if table is None else table)
     environment = versions()
     found = {"benchmark": name, "settings": asdict(config), "environment": environment, "rows": list(rows)}
     write_json(out / f"{name}.json", found | more)
     measured = ", ".join(f"{key} {value}" for key, value in environment.items())
-    write_text(out / f"{name}.md", f"{table}\n\n{measured}\n")
-    return table
+    write_text(out / f"{name}.md", f"{text}\n\n{measured}\n")
+    return text
 
 
-def markdown(rows: Rows, columns: Sequence[str] | None = None) -> str:
-    """A GitHub table of `columns` (by default the keys of the first row); numbers in four digits."""
+def markdown(rows: Rows) -> str:
+    """A GitHub table with a column per key of the first row; numbers in four significant digits."""
     if not rows:
         return "(no rows)"
-    names = list(columns or rows[0])
+    names = list(rows[0])
     cells = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 

@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.errors import UserError
 from diffalign.pipelines.generate import Samples, generate
 from diffalign.pipelines.load import make_scheduler
 from diffalign.solvers import GaussianMixture, sample
 from diffalign.solvers.noise import NoiseSchedule
-
-SD_SCHEDULE: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-}
 
 # images (N, H, W, 3) uint8 and their N prompts to N numbers
 Score = Callable[[np.ndarray, Sequence[str]], Sequence[float]]
@@ -44,6 +37,7 @@ class Row:
         nfe: network evaluations per image, counted on the network.
         error: mean over images of ||z - z*|| / ||z*||, z the final latents and z* the yardstick.
         error_se: standard error of that mean.
+        error_median: median of the same: a few samples that end at another mode don't move it.
         pixel_error: mean absolute difference of the decoded images, of 255; None where nothing is decoded.
         seconds: wall time per image, decoding included.
         scores: mean of each score over the images.
@@ -55,6 +49,7 @@ class Row:
     nfe: float
     error: float
     error_se: float
+    error_median: float
     pixel_error: float | None
     seconds: float
     scores: dict[str, float] = field(default_factory=dict)
@@ -188,9 +183,11 @@ def compare_samplers(
                 key: float(np.mean(np.asarray(score(drawn.images, prompts), dtype=float)))
                 for key, score in (scores or {}).items()
             }
-            mean, error = _mean_and_error(relative_errors(drawn.latents, reference.latents))
+            errors = relative_errors(drawn.latents, reference.latents)
             pixels = float(np.abs(drawn.images.astype(float) - reference.images).mean())
-            result.rows.append(Row(name, n, guidance, drawn.nfe, mean, error, pixels, seconds, judged))
+            result.rows.append(
+                Row(name, n, guidance, drawn.nfe, *_statistics(errors), pixels, seconds, judged)
+            )
     return result
 
 
@@ -202,7 +199,7 @@ def compare_on_mixture(
     samples: int = 16,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
-    config: Mapping[str, Any] = SD_SCHEDULE,
+    config: Mapping[str, Any] = SD_SCHEDULER,
 ) -> Comparison:
     """The same comparison where the network is a formula and the answer is known to ten digits.
 
@@ -247,11 +244,13 @@ def compare_on_mixture(
             with torch.no_grad():
                 drawn = sample(counted, noise, scheduler, num_inference_steps=n)
             seconds = (time.perf_counter() - start) / samples
-            mean, error = _mean_and_error(relative_errors(drawn, exact))
-            result.rows.append(Row(name, n, guidance, calls, mean, error, None, seconds))
+            found = _statistics(relative_errors(drawn, exact))
+            result.rows.append(Row(name, n, guidance, calls, *found, None, seconds))
     return result
 
 
-def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    spread = values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return values.double().mean().item(), spread
+def _statistics(errors: torch.Tensor) -> tuple[float, float, float]:
+    """Mean, its standard error, and median of (N,) errors."""
+    values = errors.double()
+    spread = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return values.mean().item(), spread, values.quantile(0.5).item()

@@ -144,7 +144,13 @@ def write_report(out: Path, config: SamplersConfig, results: Mapping[float, Comp
 
     rows = [row for result in results.values() for row in result.table()]
     floors = {str(scale): result.reference_error for scale, result in results.items()}
-    table = store(out, "samplers", config, rows, reference_error=floors)
+    shown = [
+        {"guidance": f"{scale:g}", "sampler": line["name"]}
+        | {f"{n} steps": cell["text"] for n, cell in zip(config.steps, line["cells"], strict=True)}
+        for scale, result in results.items()
+        for line in _pivot(config, result, lambda row: row.error_median, "{:.1e}", min)
+    ]
+    table = store(out, "samplers", config, rows, shown, reference_error=floors)
     parts = []
     for scale, result in results.items():
         figure = error_plot(result)
@@ -154,7 +160,7 @@ def write_report(out: Path, config: SamplersConfig, results: Mapping[float, Comp
                 "guidance": f"{scale:g}",
                 "plot": figure_uri(figure),
                 "floor": result.reference_error,
-                "table": _pivot(config, result, lambda row: row.error, "{:.1e}", min),
+                "table": _pivot(config, result, lambda row: row.error_median, "{:.1e}", min),
                 "scores": [
                     {
                         "name": name,
@@ -180,7 +186,7 @@ def write_report(out: Path, config: SamplersConfig, results: Mapping[float, Comp
 
 
 def error_plot(result: Comparison) -> Any:
-    """Error against network evaluations, both logarithmic: ours in full lines, diffusers' dashed."""
+    """Median error against network evaluations, both logarithmic: ours in full lines, diffusers' dashed."""
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     from diffalign.report import new_figure
@@ -188,7 +194,7 @@ def error_plot(result: Comparison) -> Any:
     figure, axes = new_figure(7.0, 4.2)
     for name in dict.fromkeys(row.sampler for row in result.rows):
         rows = sorted((row for row in result.rows if row.sampler == name), key=lambda row: row.nfe)
-        nfe, error = [row.nfe for row in rows], [row.error for row in rows]
+        nfe, error = [row.nfe for row in rows], [row.error_median for row in rows]
         style = "--" if "Scheduler" in name else "-"
         axes.plot(nfe, error, style, marker="o", markersize=3.5, linewidth=1.6, label=name)
     if result.reference_error:
@@ -199,7 +205,7 @@ def error_plot(result: Comparison) -> Any:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("network evaluations")
-    axes.set_ylabel("relative error")
+    axes.set_ylabel("relative error (median)")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 

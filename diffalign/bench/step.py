@@ -20,14 +20,13 @@ from diffalign.output import prepare
 
 # (solver of ours, its options, diffusers class, its options): same order, same number of evaluations.
 PAIRS: tuple[tuple[str, dict[str, Any], str, dict[str, Any]], ...] = (
-    ("ddim", {}, "DDIMScheduler", {"clip_sample": False}),
+    ("ddim", {}, "DDIMScheduler", {}),
     ("dpm-solver++", {"solver_order": 2}, "DPMSolverMultistepScheduler", {"solver_order": 2}),
     ("dpm-solver++", {"solver_order": 3}, "DPMSolverMultistepScheduler", {"solver_order": 3}),
     ("unipc", {"solver_order": 2}, "UniPCMultistepScheduler", {"solver_order": 2}),
     ("unipc", {"solver_order": 3}, "UniPCMultistepScheduler", {"solver_order": 3}),
-    ("pndm", {}, "PNDMScheduler", {"skip_prk_steps": True}),
+    ("pndm", {}, "PNDMScheduler", {}),
 )
-BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,10 @@ def compare_steps(
 
 
 def _build(name: str, options: dict[str, Any]) -> Any:
+    from diffalign.bench.networks import SD_SCHEDULER
     from diffalign.pipelines.load import make_scheduler
 
-    return make_scheduler(name, BASE, **options)
+    return make_scheduler(name, SD_SCHEDULER, **options)
 
 
 def _loop(scheduler: Any, noise: Any, output: Any, steps: int) -> Callable[[], Callable[[], None]]:

@@ -99,7 +99,7 @@ def run(config: BenchTrainConfig) -> list[dict[str, Any]]:
             ]
     finally:
         torch.set_num_threads(threads)
-    shown = [name for name in rows[0] if name not in ("seconds", "tflop")] if rows else []
+    shown = [{k: v for k, v in row.items() if k not in ("seconds", "tflop")} for row in rows]
     print(store(out, "train", config, rows, shown, methods=METHODS))
     return rows
 
@@ -131,7 +131,7 @@ def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Ca
     """
     import torch
 
-    from diffalign.bench.networks import UNETS, unet, vae
+    from diffalign.bench.networks import SD_SCHEDULER, UNETS, unet, vae
     from diffalign.likelihood import add_noise, denoising_error, evaluate
     from diffalign.losses import sigmoid
     from diffalign.models.reference import adapters_off, frozen_copy
@@ -164,9 +164,7 @@ def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Ca
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     network.train(config.gradient_checkpointing)  # diffusers checkpoints in training mode only; no dropout
-    schedule = NoiseSchedule.from_config(
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    )
+    schedule = NoiseSchedule.from_config(SD_SCHEDULER)
     t = torch.randint(0, 1000, (config.pairs,)).repeat(2)
     off = adapters_off if kind == "lora" else twin
 
