@@ -26,8 +26,8 @@ How the published methods are rows:
 - *SDE*: ``z[e]``; for one Brownian path over the stages of a step, name an earlier ``z[j]`` again.
 - *per-coordinate coefficients* (v3): arrays in ``convert``, ``x``, ``m``; the inhomogeneous term is ``bias``.
 - *compensation* (DC-Solver): a compensated output is a fixed combination of outputs; expand it in ``m``.
-- *run-time methods* (time shift, thresholding): the scheduler's ``_transform`` hook sees each ``m_e`` with its
-  sample and index, and ``timesteps`` may be written for later evaluations.
+- *run-time methods* (time shift, thresholding): the scheduler's ``_transform`` hook sees each ``m_e`` and
+  ``x_e``; a method may write the times of later evaluations into ``timesteps``.
 """
 
 from __future__ import annotations
