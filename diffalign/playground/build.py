@@ -28,6 +28,7 @@ class BuildConfig:
         images: scenes to draw; 32000 for sd and 20000 for the scorer if not given.
         steps: steps of the denoiser or of the scorer; 6500 and 4000 if not given.
         vae_steps: steps of the autoencoder (sd only).
+        eval_prompts: held-out captions that the finished sd model is judged by.
         threads: processor threads; all if not given.
         resume: go on with a run that was stopped, with the same options.
         overwrite: start anew in a folder that is not empty.
@@ -39,6 +40,7 @@ class BuildConfig:
     images: int | None = None
     steps: int | None = None
     vae_steps: int = 1000
+    eval_prompts: int = 500
     threads: int | None = None
     resume: bool = False
     overwrite: bool = False
@@ -89,7 +91,13 @@ def run(config: BuildConfig) -> dict[str, float]:
         from diffalign.playground import sd
 
         facts = sd.build(
-            target, work, images=images, vae_steps=config.vae_steps, steps=steps, seed=config.seed
+            target,
+            work,
+            images=images,
+            vae_steps=config.vae_steps,
+            steps=steps,
+            seed=config.seed,
+            eval_prompts=config.eval_prompts,
         )
     else:
         from diffalign.playground import scorer
@@ -97,13 +105,13 @@ def run(config: BuildConfig) -> dict[str, float]:
         facts = scorer.build(target, work, images=images, steps=steps, seed=config.seed)
     options = " ".join(f"--{k} {v}" for k, v in settings.items())
     command = f"diffalign playground build --what {config.what} {options}"
-    (target / "README.md").write_text(readme(config.what, command, facts))
-    (target / "facts.json").write_text(json.dumps(facts | versions(), indent=2) + "\n")
+    output.write_text(target / "README.md", readme(config.what, command, facts, config.eval_prompts))
+    output.write_json(target / "facts.json", facts | versions())
     print(f"wrote {target}: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))
     return facts
 
 
-def readme(what: str, command: str, facts: dict[str, float]) -> str:
+def readme(what: str, command: str, facts: dict[str, float], prompts: int) -> str:
     """What a model folder says of itself."""
     how = f"""Trained from nothing by
 
@@ -140,7 +148,7 @@ A `StableDiffusionPipeline` of {facts["parameters"] / 1e6:.1f} million parameter
 scenes of 64 x 64 pixels. Load it with `diffalign.playground.load()`, or as any diffusers folder.
 
 {how}
-Verifier on 500 held-out captions (20 steps of diffusers' DPMSolverMultistep, guidance 4):
+Verifier on {prompts} held-out captions (20 steps of diffusers' DPMSolverMultistep, guidance 4):
 
 | | right |
 |---|---|

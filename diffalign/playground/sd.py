@@ -204,7 +204,7 @@ def make_unet() -> Any:
 def make_scheduler() -> Any:
     """diffusers' usual sampler on the schedule of Stable Diffusion."""
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
 
 
@@ -295,7 +295,7 @@ def judge(
 
 
 def build(
-    output: Path, work: Path, *, images: int, vae_steps: int, steps: int, seed: int
+    output: Path, work: Path, *, images: int, vae_steps: int, steps: int, seed: int, eval_prompts: int = 500
 ) -> dict[str, float]:
     """Train everything and write ``output`` as an ordinary Stable Diffusion folder of fp16 safetensors.
 
@@ -319,7 +319,8 @@ def build(
         shutil.rmtree(output)
     save_half(pipe, output)
     shipped = StableDiffusionPipeline.from_pretrained(output)
-    facts |= judge(shipped, prompts=500, seed=2, progress="judging", sheet=output / "samples.png")
+    shipped.set_progress_bar_config(disable=True)
+    facts |= judge(shipped, prompts=eval_prompts, seed=2, progress="judging", sheet=output / "samples.png")
     return facts | {
         "vae_seconds": vae_seconds,
         "denoiser_seconds": seconds,

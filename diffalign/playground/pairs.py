@@ -1,0 +1,161 @@
+"""Preference pairs from a model's own samples, labelled by the learned scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffalign.data import Pair, PairDataset, write_pairs
+from diffalign.errors import UserError
+from diffalign.pipelines.generate import generate
+from diffalign.playground.captions import draw_captions
+
+
+@dataclass
+class PairsConfig:
+    """Sample a playground model and let the scorer pick the best and the worst image of each caption.
+
+    Writes a folder of images with pairs.jsonl (prompt, chosen, rejected), ready for 'diffalign train'.
+
+    Args:
+        output_dir: folder for the pairs.
+        model: pipeline folder to sample; playground/sd is the shipped one.
+        prompts: number of captions, none of them held out.
+        images: images per caption, of which the best and the worst make a pair.
+        steps: sampling steps (DPM-Solver++).
+        guidance: classifier-free guidance scale.
+        margin: pairs whose scores differ by less are left out.
+        batch_size: images per network call.
+        seed: of captions and noise.
+        overwrite: replace pairs that are in output_dir.
+    """
+
+    output_dir: str = "outputs/pairs"
+    model: str = "playground/sd"
+    prompts: int = 200
+    images: int = 4
+    steps: int = 10
+    guidance: float = 4.0
+    margin: float = 1.0
+    batch_size: int = 40
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Several images of each caption, with their scores.
+
+    Attributes:
+        captions: P captions.
+        images: (P, K, 64, 64, 3) uint8.
+        scores: (P, K) float32, higher is better.
+    """
+
+    captions: list[str]
+    images: np.ndarray
+    scores: np.ndarray
+
+    def pairs(self, margin: float = 0.0) -> list[tuple[int, int, int]]:
+        """(caption, best image, worst image) wherever their scores differ by ``margin`` or more."""
+        best, worst = self.scores.argmax(1), self.scores.argmin(1)
+        gap = self.scores.max(1) - self.scores.min(1)
+        return [
+            (p, int(best[p]), int(worst[p]))
+            for p in range(len(self.captions))
+            if best[p] != worst[p] and gap[p] >= margin
+        ]
+
+    def dataset(self, margin: float = 0.0) -> PairDataset:
+        """The pairs in memory, as trainers take them."""
+        chosen = self.pairs(margin)
+        return PairDataset.from_lists(
+            [self.captions[p] for p, _, _ in chosen],
+            [self.images[p, best] for p, best, _ in chosen],
+            [self.images[p, worst] for p, _, worst in chosen],
+        )
+
+
+def draw_candidates(
+    pipe: Any,
+    scorer: Any,
+    captions: Sequence[str],
+    *,
+    images: int = 4,
+    steps: int = 10,
+    guidance: float = 4.0,
+    batch_size: int = 40,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Candidates:
+    """Sample ``images`` pictures of each caption with DPM-Solver++ and score them.
+
+    Args:
+        scorer: has ``score(prompts, (N, H, W, 3) uint8) -> (N,)``.
+    """
+    from diffalign.solvers import SOLVERS
+
+    prompts = [c for c in captions for _ in range(images)]
+    seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
+    drawn = generate(
+        pipe,
+        prompts,
+        seeds,
+        steps=steps,
+        guidance=guidance,
+        scheduler=SOLVERS["dpm-solver++"].from_config(pipe.scheduler.config),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    scores = scorer.score(prompts, drawn.images)
+    shape = (len(captions), images)
+    return Candidates(
+        list(captions), drawn.images.reshape(*shape, *drawn.images.shape[1:]), scores.reshape(shape)
+    )
+
+
+def run(config: PairsConfig) -> Path:
+    """The command ``diffalign playground pairs``; returns the folder.
+
+    Raises:
+        UserError: no pair is left, or the folder is in use.
+    """
+    from diffalign.pipelines.load import load_pipeline
+    from diffalign.playground import load_scorer
+
+    if config.images < 2:
+        raise UserError(f"images is {config.images}: a pair needs at least two images of a caption")
+    folder = Path(config.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
+        raise UserError(f"output folder {str(folder)!r} is not empty; add --overwrite or choose another")
+    candidates = draw_candidates(
+        load_pipeline(config.model),
+        load_scorer(),
+        draw_captions(config.seed, config.prompts, held_out=False),
+        images=config.images,
+        steps=config.steps,
+        guidance=config.guidance,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        progress="sampling candidates",
+    )
+    chosen = candidates.pairs(config.margin)
+    if not chosen:
+        raise UserError(
+            f"no pair of scores differs by {config.margin} or more; lower --margin or draw more images"
+        )
+
+    def pairs() -> Any:
+        for p, best, worst in tqdm(chosen, desc="writing", unit="pair", leave=False):
+            images = [Image.fromarray(candidates.images[p, i]) for i in (best, worst)]
+            yield Pair(f"caption-{p:04d}", candidates.captions[p], images[0], images[1])
+
+    write_pairs(folder, pairs(), overwrite=config.overwrite)
+    print(f"wrote {len(chosen)} pairs of {len(candidates.captions)} captions to {folder}")
+    return folder
