@@ -8,7 +8,6 @@ the new rows, and goes on where a killed process left it, with the same batches 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 from diffalign.data.pairs import PairDataset
 from diffalign.data.shards import ShardedRows, ShardStore, row_shapes
-from diffalign.data.transforms import PairTransform, View, fit, size_of
+from diffalign.data.transforms import Fitted, PairTransform, size_of
+from diffalign.data.walk import Visit, content_key, walk
 from diffalign.errors import RunFailed, UserError
 from diffalign.output import write_json
 
@@ -167,7 +167,14 @@ def cached_pairs(
     encoders = {"key": dict(key), "dtype": str(dtype).removeprefix("torch.")}
     images = _store(folder, "images", encoders | {"resolution": list(size_of(resolution))})
     texts = _store(folder, "prompts", encoders)
-    walk = _Walk(dataset, transform, images, progress)
+    visits: list[Visit] = []
+
+    def missing_images() -> Iterator[tuple[str, Fitted]]:
+        given: set[str] = set()
+        for visit, fitted in walk(dataset, transform, images.__contains__, progress):
+            visits.append(visit)
+            yield from ((key, image) for key, image in fitted.items() if key not in given)
+            given |= fitted.keys()
 
     def encode_fitted(batch: list[Any]) -> dict[str, Tensor]:
         encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
@@ -181,81 +188,28 @@ def cached_pairs(
             "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
         }
 
-    _fill(images, walk, encode_fitted, batch_size, dtype, "image")
-    prompts = list(dict.fromkeys(walk.prompts))
+    _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image")
+    prompts = list(dict.fromkeys(visit.prompt for visit in visits))
     bar = tqdm(prompts, "encode prompts", disable=None if progress else True, unit="prompt")
-    missing = ((_hash(p), p) for p in bar if _hash(p) not in texts)
+    missing = ((content_key(p), p) for p in bar if content_key(p) not in texts)
     _fill(texts, missing, lambda batch: dict(encode_prompts(batch)), batch_size, dtype, "text")
 
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    by_variant = zip(*walk.keys, strict=True)
+    by_variant = zip(*(visit.keys for visit in visits), strict=True)
     image_keys = [key for variant in by_variant for two in variant for key in two]
     image_rows = images.rows(image_keys, memory_limit)
-    cond = texts.rows([_hash(prompt) for prompt in prompts], memory_limit)
+    cond = texts.rows([content_key(prompt) for prompt in prompts], memory_limit)
     return CachedPairs(
-        ids=walk.ids,
-        prompts=walk.prompts,
-        preference=torch.tensor(walk.preferences, dtype=torch.float32),
+        ids=[visit.id for visit in visits],
+        prompts=[visit.prompt for visit in visits],
+        preference=torch.tensor([visit.preference for visit in visits], dtype=torch.float32),
         in_memory=not any(isinstance(rows, ShardedRows) for rows in (image_rows | cond).values()),
         joint_flip=joint,
         _images=image_rows,
         _cond=cond,
-        _prompt_index=torch.tensor([number[prompt] for prompt in walk.prompts]),
+        _prompt_index=torch.tensor([number[visit.prompt] for visit in visits]),
         _variants=1 + random_flip,
     )
-
-
-class _Walk:
-    """Goes over the pairs once: yields (key, fitted image) of what the store lacks, and notes every pair.
-
-    Images that the store knows are not decoded: their bytes are hashed, and that they are good is known.
-    """
-
-    def __init__(
-        self, dataset: PairDataset, transform: PairTransform, store: ShardStore, progress: bool
-    ) -> None:
-        self._dataset, self._transform, self._store, self._progress = dataset, transform, store, progress
-        self._crop = PairTransform(transform.resolution, transform.center_crop, False, transform.joint)
-        self.ids: list[str] = []
-        self.prompts: list[str] = []
-        self.preferences: list[float] = []
-        self.keys: list[list[tuple[str, str]]] = []  # per pair, per variant: (chosen, rejected)
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        known: set[str] = set()
-        ids, prompts, preferences = self._dataset.ids, self._dataset.prompts, self._dataset.preferences
-        bar = tqdm(
-            range(len(self._dataset)), "encode images", disable=None if self._progress else True, unit="pair"
-        )
-        for index in bar:
-            digests = self._dataset.digests(index)
-            views = self._views(digests) if digests else []
-            if digests and all(
-                _hash(d, *v) in self._store for two in views for d, v in zip(digests, two, strict=True)
-            ):
-                self._note(ids[index], prompts[index], preferences[index], digests, views)
-                continue
-            pair = self._dataset[index]
-            views = self._views(pair.digests)
-            self._note(pair.id, pair.prompt, pair.preference, pair.digests, views)
-            for two in views:
-                for image, digest, view in zip((pair.chosen, pair.rejected), pair.digests, two, strict=True):
-                    key = _hash(digest, *view)
-                    if key not in self._store and key not in known:
-                        known.add(key)
-                        yield key, fit(image, self._transform.resolution, view)
-
-    def _views(self, digests: tuple[str, str]) -> list[tuple[View, View]]:
-        seed = int(_hash(*digests)[:15], 16)
-        one, other = self._crop.draw(torch.Generator().manual_seed(seed))
-        flips = (False, True) if self._transform.random_flip else (False,)
-        return [(one._replace(flip=flip), other._replace(flip=flip)) for flip in flips]
-
-    def _note(self, name: str, prompt: str, preference: float, digests: tuple[str, str], views: list) -> None:
-        self.ids.append(name)
-        self.prompts.append(prompt)
-        self.preferences.append(preference)
-        self.keys.append([(_hash(digests[0], *one), _hash(digests[1], *other)) for one, other in views])
 
 
 def _fill(
@@ -322,12 +276,8 @@ def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> Sh
         raise UserError(f"the key of a cache must be JSON values: {error}") from error
     if folder is None:
         return ShardStore(None)
-    place = Path(folder) / f"{kind}-{_hash(text)[:16]}"
+    place = Path(folder) / f"{kind}-{content_key(text)[:16]}"
     store = ShardStore(place)
     if not (place / "settings.json").is_file():  # for people; other processes may be reading beside us
         write_json(place / "settings.json", settings)
     return store
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

@@ -206,7 +206,8 @@ class PairDataset(Sequence[Pair]):
 
     def summary(self) -> str:
         """One line: pairs, prompts, and what was left out."""
-        text = f"{len(self):,} pairs, {len(set(self.prompts)):,} prompts"
+        used = [row.prompt for row in self._rows if row.number not in self._skipped]
+        text = f"{len(used):,} pairs, {len(set(used)):,} prompts"
         return f"{text} (left out: {reasons(self.skipped)})" if self._skipped else text
 
     def _payloads(self, row: _Row) -> list[bytes | Image.Image]:

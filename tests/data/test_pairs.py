@@ -309,6 +309,7 @@ def test_replacement_is_told_once(make, tmp_path, caplog):
     pairs = open_pairs(make.jsonl_folder(tmp_path, [row | {"chosen": b"x"}, row]), max_bad=1)
     with caplog.at_level(logging.WARNING):
         assert pairs[0].id == pairs[0].id == "line-2"
+    assert pairs.summary() == "1 pairs, 1 prompts (left out: 1 unreadable image)"
     assert [r.getMessage() for r in caplog.records] == [
         f"{tmp_path}/pairs.jsonl: line-1 (unreadable image) is replaced by line-2"
     ]
