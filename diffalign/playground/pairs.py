@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffalign.data import Pair, PairDataset, write_pairs
+from diffalign.data import Pair, write_pairs
 from diffalign.errors import UserError
 from diffalign.pipelines.generate import generate
 from diffalign.playground.captions import draw_captions
@@ -72,15 +72,6 @@ class Candidates:
             if best[p] != worst[p] and gap[p] >= margin
         ]
 
-    def dataset(self, margin: float = 0.0) -> PairDataset:
-        """The pairs in memory, as trainers take them."""
-        chosen = self.pairs(margin)
-        return PairDataset.from_lists(
-            [self.captions[p] for p, _, _ in chosen],
-            [self.images[p, best] for p, best, _ in chosen],
-            [self.images[p, worst] for p, _, worst in chosen],
-        )
-
 
 def draw_candidates(
     pipe: Any,
@@ -99,7 +90,7 @@ def draw_candidates(
     Args:
         scorer: has ``score(prompts, (N, H, W, 3) uint8) -> (N,)``.
     """
-    from diffalign.solvers import SOLVERS
+    from diffalign.pipelines.load import make_scheduler
 
     prompts = [c for c in captions for _ in range(images)]
     seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
@@ -109,7 +100,7 @@ def draw_candidates(
         seeds,
         steps=steps,
         guidance=guidance,
-        scheduler=SOLVERS["dpm-solver++"].from_config(pipe.scheduler.config),
+        scheduler=make_scheduler("dpm-solver++", pipe.scheduler.config),
         batch_size=batch_size,
         progress=progress,
     )
@@ -145,17 +136,25 @@ def run(config: PairsConfig) -> Path:
         seed=config.seed,
         progress="sampling candidates",
     )
-    chosen = candidates.pairs(config.margin)
-    if not chosen:
-        raise UserError(
-            f"no pair of scores differs by {config.margin} or more; lower --margin or draw more images"
-        )
+    n = write(candidates, folder, margin=config.margin, overwrite=config.overwrite)
+    print(f"wrote {n} pairs of {len(candidates.captions)} captions to {folder}")
+    return folder
 
-    def pairs() -> Any:
+
+def write(candidates: Candidates, folder: Path, *, margin: float, overwrite: bool = False) -> int:
+    """Write the pairs of ``candidates`` as a folder for trainers; returns their number.
+
+    Raises:
+        UserError: no pair is left, or the folder is in use.
+    """
+    chosen = candidates.pairs(margin)
+    if not chosen:
+        raise UserError(f"no two scores differ by {margin} or more; lower --margin or draw more images")
+
+    def pairs() -> Iterator[Pair]:
         for p, best, worst in tqdm(chosen, desc="writing", unit="pair", leave=False):
             images = [Image.fromarray(candidates.images[p, i]) for i in (best, worst)]
             yield Pair(f"caption-{p:04d}", candidates.captions[p], images[0], images[1])
 
-    write_pairs(folder, pairs(), overwrite=config.overwrite)
-    print(f"wrote {len(chosen)} pairs of {len(candidates.captions)} captions to {folder}")
-    return folder
+    write_pairs(folder, pairs(), overwrite=overwrite)
+    return len(chosen)
