@@ -191,7 +191,7 @@ def error_plot(result: Comparison) -> Any:
 
     from diffalign.report import new_figure
 
-    figure, axes = new_figure(7.0, 4.2)
+    figure, axes = new_figure(9.5, 4.2)
     for name in dict.fromkeys(row.sampler for row in result.rows):
         rows = sorted((row for row in result.rows if row.sampler == name), key=lambda row: row.nfe)
         nfe, error = [row.nfe for row in rows], [row.error_median for row in rows]

@@ -35,8 +35,8 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
     together = generate(pipe, ["a", "b", "c"], [3, 4, 5], steps=3, scheduler=scheduler, batch_size=3)
     split = generate(pipe, ["a", "b", "c"], [3, 4, 5], steps=3, scheduler=scheduler, batch_size=2)
     alone = generate(pipe, ["c"], [5], steps=3, scheduler=scheduler)
-    torch.testing.assert_close(together.latents, split.latents, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together.latents[2:], alone.latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.latents, split.latents, rtol=1e-3, atol=3e-4)
+    torch.testing.assert_close(together.latents[2:], alone.latents, rtol=1e-3, atol=3e-4)
     assert together.images.shape == (3, 32, 32, 3)
     assert together.images.dtype == np.uint8
     assert together.nfe == split.nfe == 3
@@ -139,7 +139,7 @@ def test_schedulers_by_name():
     assert type(make_scheduler("ddim", SD)).__module__ == "diffalign.solvers.ddim"
     assert type(make_scheduler("DDIMScheduler", SD)).__module__.startswith("diffusers.")
     assert make_scheduler("dpm-solver++", SD, solver_order=3).config.solver_order == 3
-    for wrong, part in (("dpm", "did you mean"), ("zzz", "known: ")):
+    for wrong, part in (("dpm-solvr", "did you mean"), ("zzz", "known: ")):
         with pytest.raises(UserError, match=part):
             make_scheduler(wrong, SD)
     with pytest.raises(UserError, match="no option 'solver_ordr'; did you mean 'solver_order'"):
