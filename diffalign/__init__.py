@@ -8,7 +8,22 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from diffalign.bench.samplers import compare_samplers
+    from diffalign.pipelines.load import load_pipeline
+    from diffalign.solvers import SOLVERS
+    from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
+
+__all__ = [
+    "SOLVERS",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "__version__",
+    "compare_samplers",
+    "load_pipeline",
+]
 __version__ = "0.1.0"
 
 # A copy of the tree that lost its links (zip download, Windows checkout) still finds the mapped folders,
@@ -16,7 +31,13 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent
 __path__ = [str(_root), *([] if (_root / "solvers").is_dir() else [str(_root.parent)])]
 
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "SOLVERS": "diffalign.solvers",
+    "DiffusionDPOConfig": "diffalign.trainers",
+    "DiffusionDPOTrainer": "diffalign.trainers",
+    "compare_samplers": "diffalign.bench.samplers",
+    "load_pipeline": "diffalign.pipelines.load",
+}
 
 
 def __getattr__(name: str) -> object:

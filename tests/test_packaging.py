@@ -8,6 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("solvers", "pipelines", "configs")
+PACKAGE_DATA = {
+    "templates": {".html"},
+    "configs": {".yaml"},
+    "playground/assets": {".safetensors", ".json", ".txt", ".md"},
+}
 
 
 def _packages_on_disk() -> set[str]:
@@ -54,6 +59,17 @@ def test_importing_the_package_is_light():
     assert done.stdout == ""
 
 
+def test_every_lazy_name_loads():
+    import importlib
+
+    import diffalign
+
+    assert set(diffalign._LAZY) | {"__version__"} == set(diffalign.__all__)
+    for name, module in diffalign._LAZY.items():
+        assert getattr(diffalign, name) is getattr(importlib.import_module(module), name)
+        assert name in dir(diffalign)
+
+
 def test_wheel_has_one_top_level_name_and_each_file_once(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -64,6 +80,14 @@ def test_wheel_has_one_top_level_name_and_each_file_once(tmp_path):
     assert len(names) == len(set(names))
     assert "diffalign/solvers/__init__.py" in names
     assert "diffalign/py.typed" in names
+    for folder, suffixes in PACKAGE_DATA.items():
+        on_disk = {
+            f"diffalign/{folder}/{file.relative_to(ROOT / source)}"
+            for source in [folder if folder in MAPPED else f"diffalign/{folder}"]
+            for file in (ROOT / source).rglob("*")
+            if file.suffix in suffixes
+        }
+        assert on_disk == {n for n in names if n.startswith(f"diffalign/{folder}/") and not n.endswith(".py")}
     shipped = {n for n in names if n.endswith(".py")}
     on_disk = set()
     for package in _packages_on_disk():
