@@ -12,7 +12,10 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers.plan import Plan, Row, linear, working_dtype
-from diffalign.solvers.scheduler import Array, PlanScheduler
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
+
+# Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
+__all__ = ["DDIMScheduler", "SchedulerMixin"]
 
 
 class DDIMScheduler(PlanScheduler):

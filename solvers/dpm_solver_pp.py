@@ -13,7 +13,10 @@ from diffalign.errors import UserError
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, _check_choice
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice
+
+# Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
+__all__ = ["DPMSolverPPScheduler", "SchedulerMixin", "multistep_orders", "multistep_weights"]
 
 logger = logging.get_logger(__name__)
 
@@ -88,10 +91,10 @@ class DPMSolverPPScheduler(PlanScheduler):
     ) -> None:
         if solver_order not in (1, 2, 3):
             raise UserError(f"solver_order must be 1, 2 or 3, but is {solver_order}")
-        _check_choice("solver_type", solver_type, ("midpoint", "heun"))
-        _check_choice("third_order", third_order, ("taylor", "published"))
-        _check_choice("algorithm_type", algorithm_type, ("dpmsolver++",))
-        _check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
+        check_choice("solver_type", solver_type, ("midpoint", "heun"))
+        check_choice("third_order", third_order, ("taylor", "published"))
+        check_choice("algorithm_type", algorithm_type, ("dpmsolver++",))
+        check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         self._setup()
 
     @classmethod

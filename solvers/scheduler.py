@@ -56,8 +56,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Check the options and get ready; to be called at the end of ``__init__``."""
         config = self.config
         check_prediction_type(config.prediction_type)
-        _check_choice("grid", config.grid, grids.GRIDS)
-        _check_choice("timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
+        check_choice("grid", config.grid, grids.GRIDS)
+        check_choice("timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
         grids.flagged_grid(config)
         self.schedule = NoiseSchedule.from_config(config)
         if self.schedule.is_flow and config.prediction_type == "epsilon":
@@ -125,7 +125,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def _auto_times(self, count: int, start: float) -> Array:
         """What ``grid="auto"`` means for this method."""
-        return grids.auto_times(self.schedule, count, final=self._final(), start=start)
+        order = min(self.config.get("solver_order", 1), 3)
+        return grids.auto_times(self.schedule, count, order=order, final=self._final(), start=start)
 
     def _transform(self, m: Tensor, sample: Tensor) -> Tensor:
         """Applied to the prediction in :attr:`form`, before it is used or kept, where :meth:`_transforms`."""
@@ -427,7 +428,8 @@ def threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
     return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """UserError that lists `allowed`, unless `value` of option `name` is among them."""
     if value not in allowed:
         raise UserError(
             f"unknown {name} {value!r}{suggestion(str(value), list(allowed))}; "
