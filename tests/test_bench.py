@@ -211,7 +211,8 @@ def test_step_rows(tmp_path):
     assert {row["solver"] for row in rows} >= {"ddim", "dpm-solver++ 2", "dpm-solver++ 3"}
     for row in rows:
         assert row["ours_us"] > 0
-        assert row["ratio_25"] <= row["ratio"] <= row["ratio_75"]
+        assert row["ratio"] == pytest.approx(row["theirs_us"] / row["ours_us"])
+        assert 0 < row["ratio_25"] <= row["ratio_75"]
     assert json.loads((tmp_path / "step.json").read_text())["rows"] == rows
 
 
