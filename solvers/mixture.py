@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers.noise import NoiseSchedule
-from diffalign.solvers.prediction import convert
+from diffalign.solvers.prediction import training_target
 
 Array = NDArray[np.float64]
 
@@ -63,12 +63,14 @@ class GaussianMixture:
         x = self.means[k] + self.stds[k, None] * rng.standard_normal((count, self.means.shape[1]))
         return torch.from_numpy(x.reshape(count, *self.shape))
 
-    def epsilon(self, x: Tensor, alpha: float, sigma: float, classes: Sequence[int] | None = None) -> Tensor:
-        """The exact ``E[eps | x]`` at ``x = alpha x0 + sigma eps``, computed in float64.
+    def posterior(
+        self, x: Tensor, alpha: float, sigma: float, classes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The exact ``E[x0 | x]`` and ``E[eps | x]`` at ``x = alpha x0 + sigma eps``, computed in float64.
 
         Args:
-            x: (B, *shape) of any floating dtype, which the result has too. Differentiable in x.
-            alpha, sigma: levels of x.
+            x: (B, *shape) of any floating dtype, which the results have too. Differentiable in x.
+            alpha, sigma: levels of x; either may be 0.
             classes: one class per sample, to which the mixture is restricted; None for all of it.
         """
         flat = x.reshape(len(x), -1).double()
@@ -78,15 +80,15 @@ class GaussianMixture:
         )
         variance = alpha**2 * stds**2 + sigma**2
         centred = flat[:, None, :] - alpha * means
-        logits = (
-            log_weights - 0.5 * flat.shape[1] * variance.log() - centred.square().sum(-1) / (2 * variance)
-        )
+        logits = log_weights - 0.5 * flat.shape[1] * variance.log()
+        logits = logits - centred.square().sum(-1) / (2 * variance)
         if classes is not None:
             other = torch.as_tensor(self.labels)[None, :] != torch.as_tensor(classes)[:, None]
             logits = logits.masked_fill(other.to(x.device), -torch.inf)
-        responsibility = logits.softmax(-1) / variance
-        epsilon = sigma * (responsibility[:, :, None] * centred).sum(1)
-        return epsilon.reshape(x.shape).to(x.dtype)
+        responsibility = logits.softmax(-1)
+        scaled = (responsibility / variance)[:, :, None] * centred
+        data = responsibility @ means + alpha * (stds.square()[:, None] * scaled).sum(1)
+        return data.reshape(x.shape).to(x.dtype), (sigma * scaled.sum(1)).reshape(x.shape).to(x.dtype)
 
     def model(
         self,
@@ -109,13 +111,19 @@ class GaussianMixture:
 
         def network(x: Tensor, t: Tensor | float) -> Tensor:
             alpha, sigma = (float(v) for v in schedule.alpha_sigma(float(t)))
-            epsilon = self.epsilon(x, alpha, sigma, classes)
-            if guidance_scale is not None:
-                free = self.epsilon(x, alpha, sigma)
-                epsilon = free + guidance_scale * (epsilon - free)
-            return convert(epsilon, x, alpha, sigma, source="epsilon", to=prediction_type).to(x.dtype)
+            data, epsilon = self._guided(x, alpha, sigma, guidance_scale, classes)
+            return training_target(prediction_type, data, epsilon, alpha, sigma).to(x.dtype)
 
         return network
+
+    def _guided(
+        self, x: Tensor, alpha: float, sigma: float, scale: float | None, classes: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        data, epsilon = self.posterior(x, alpha, sigma, classes)
+        if scale is None:
+            return data, epsilon
+        free_data, free_epsilon = self.posterior(x, alpha, sigma)
+        return free_data + scale * (data - free_data), free_epsilon + scale * (epsilon - free_epsilon)
 
     def solve(
         self,
@@ -153,10 +161,7 @@ class GaussianMixture:
             # y = x / alpha obeys dy/dlambda = -exp(-lambda) eps for every schedule.
             alpha, sigma = levels(lambda_)
             x = torch.from_numpy(alpha * y).reshape(noise.shape)
-            epsilon = self.epsilon(x, alpha, sigma, classes)
-            if guidance_scale is not None:
-                free = self.epsilon(x, alpha, sigma)
-                epsilon = free + guidance_scale * (epsilon - free)
+            _, epsilon = self._guided(x, alpha, sigma, guidance_scale, classes)
             return -math.exp(-lambda_) * epsilon.numpy().reshape(-1)
 
         y0 = noise.double().cpu().numpy().reshape(-1) / levels(start)[0]

@@ -24,7 +24,7 @@ def sd_betas():
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
-    """A complete StableDiffusionPipeline with random weights: 64 px images, latents of 16, letters as words."""
+    """A StableDiffusionPipeline with random weights: 64 px images, 16 px latents, letters as words."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
