@@ -138,7 +138,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _conversion(self, time: float) -> tuple[Coefficient, Coefficient]:
         """``(convert_x, convert_o)`` of the network's output at `time` to :attr:`form`."""
         alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(time))
-        return coefficients(self.config.prediction_type, self.form, max(alpha, _ALPHA_FLOOR), sigma)
+        if self.config.prediction_type == "epsilon":
+            alpha = max(alpha, _ALPHA_FLOOR)
+        return coefficients(self.config.prediction_type, self.form, alpha, sigma)
 
     # ------------------------------------------------------------ timesteps
 
