@@ -1,7 +1,7 @@
 """``diffalign bench step``: what ``scheduler.step()`` costs beside diffusers' class of the same order.
 
 Both run whole sampling loops over the same tensors, alternately in one process, so that a busy machine slows
-both. What is quoted is the ratio of the fastest loops, which other programs disturb least.
+both. What is quoted is the ratio of the fastest runs of each step, which other programs disturb least.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ class StepConfig:
         dtype: of the latents
         shapes: of the latents, such as 1x4x64x64 (SD 1.5), 2x4x128x128 (SDXL), 1x16x21x60x104 (video)
         steps: of one sampling loop
-        repeats: loops of each scheduler; the fastest one counts
+        repeats: loops of each scheduler; the fastest run of each step counts
         threads: of torch on the CPU; more than one makes small tensors slower, not faster
         overwrite: write into a folder that is not empty
     """
@@ -95,7 +95,7 @@ def compare_steps(
     """One row per pair and shape.
 
     Returns:
-        Rows with ``ours_us`` and ``theirs_us`` (microseconds a step, fastest loop), ``ratio`` (theirs by
+        Rows with ``ours_us`` and ``theirs_us`` (microseconds a step, fastest runs), ``ratio`` (theirs by
         ours), ``ratio_25`` and ``ratio_75`` (quartiles of the ratio of neighbouring loops), ``adds`` (ours in
         units of one out-of-place addition of two such latents) and the host synchronisations of one loop.
     """
@@ -115,10 +115,10 @@ def compare_steps(
                 _loop(_build(theirs, their_options), noise, output, steps),
                 _add_loop(noise, output, steps),
             ]
-            times = torch.tensor(_interleave(loops, repeats, device)) / steps * 1e6  # (repeats, 3)
-            ratio = times[:, 1] / times[:, 0]
-            low, high = ratio.quantile(torch.tensor([0.25, 0.75])).tolist()
-            ours_us, theirs_us, add_us = times.min(dim=0).values.tolist()
+            times = _interleave(loops, repeats, device) / steps * 1e6  # (repeats, 3, pieces)
+            whole = times.sum(dim=2)
+            low, high = (whole[:, 1] / whole[:, 0]).quantile(torch.tensor([0.25, 0.75]).double()).tolist()
+            ours_us, theirs_us, add_us = times.min(dim=0).values.sum(dim=1).tolist()
             rows.append(
                 {
                     "solver": f"{name} {options.get('solver_order', '')}".strip(),
@@ -144,58 +144,75 @@ def _build(name: str, options: dict[str, Any]) -> Any:
     return make_scheduler(name, SD_SCHEDULER, **options)
 
 
-def _loop(scheduler: Any, noise: Any, output: Any, steps: int) -> Callable[[], Callable[[], None]]:
-    """Prepare a sampling loop; calling the result prepares one run, calling that performs its steps."""
+Loop = Callable[[], Iterator[None]]  # prepares a run; the iterator performs a step each time
 
-    def ready() -> Callable[[], None]:
+
+def _loop(scheduler: Any, noise: Any, output: Any, steps: int) -> Loop:
+    def run_() -> Iterator[None]:
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+            yield
+
+    def ready() -> Iterator[None]:
         scheduler.set_timesteps(steps, device=noise.device)
-
-        def go() -> None:
-            x = noise
-            for t in scheduler.timesteps:
-                x = scheduler.step(output, t, x, return_dict=False)[0]
-
-        return go
+        return run_()
 
     return ready
 
 
-def _add_loop(noise: Any, output: Any, steps: int) -> Callable[[], Callable[[], None]]:
+def _add_loop(noise: Any, output: Any, steps: int) -> Loop:
     import torch
 
-    def go() -> None:
+    def run_() -> Iterator[None]:
         for _ in range(steps):
             torch.add(noise, output)
+            yield
 
-    return lambda: go
+    return run_
 
 
-def _interleave(
-    loops: list[Callable[[], Callable[[], None]]], repeats: int, device: Any
-) -> list[list[float]]:
-    """Seconds of every loop in turn, ``repeats`` times after two warm-up rounds."""
+def _interleave(loops: list[Loop], repeats: int, device: Any) -> Any:
+    """Seconds of every loop in turn, ``repeats`` times after two warm-up rounds.
+
+    Returns:
+        (repeats, loops, pieces): a piece is a step on a CPU, where the fastest of each can be taken on a busy
+        machine, and a whole loop on a GPU, which is waited for only at its end.
+    """
     import torch
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def once(ready: Loop) -> list[float]:
+        return _time_on_gpu(ready, device) if device.type == "cuda" else _time(ready)
 
-    times = []
     with torch.no_grad():
-        for _ in range(repeats + 2):
-            round_ = []
-            for ready in loops:
-                go = ready()
-                wait()
-                start = time.perf_counter()
-                go()
-                wait()
-                round_.append(time.perf_counter() - start)
-            times.append(round_)
-    return times[2:]
+        times = [[once(ready) for ready in loops] for _ in range(repeats + 2)]
+    return torch.tensor(times[2:], dtype=torch.float64)
 
 
-def count_syncs(ready: Callable[[], Callable[[], None]], device: Any) -> int:
+def _time(ready: Loop) -> list[float]:
+    pieces: list[float] = []
+    going = ready()
+    clock = time.perf_counter
+    while True:
+        start = clock()
+        if next(going, going) is going:  # at its end
+            return pieces
+        pieces.append(clock() - start)
+
+
+def _time_on_gpu(ready: Loop, device: Any) -> list[float]:
+    import torch
+
+    going = ready()
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in going:
+        pass
+    torch.cuda.synchronize(device)
+    return [time.perf_counter() - start]
+
+
+def count_syncs(ready: Loop, device: Any) -> int:
     """How often one loop makes the host wait for the device.
 
     On CUDA as the driver reports it. Elsewhere the reads that would wait on a GPU are counted: a tensor's
@@ -203,19 +220,21 @@ def count_syncs(ready: Callable[[], Callable[[], None]], device: Any) -> int:
     """
     import torch
 
-    go = ready()
+    going = ready()
     if device.type == "cuda":
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                go()
+                for _ in going:
+                    pass
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         return sum("synchroniz" in str(warning.message) for warning in caught)
     with torch.no_grad(), _reads() as count:
-        go()
+        for _ in going:
+            pass
     return count[0]
 
 
