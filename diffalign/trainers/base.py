@@ -380,6 +380,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     trackers = [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
     try:
         accelerator = Accelerator(
+            # Without this, torchrun on a machine without accelerators starts runs that ignore each other.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             log_with=trackers or None,
             project_dir=str(Path(config.output_dir).expanduser() / "logs"),

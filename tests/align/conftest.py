@@ -1,8 +1,11 @@
 """A tiny Stable Diffusion model and sixteen pairs for it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from diffalign.bench.networks import tiny_pipeline
@@ -17,16 +20,28 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
+    """Latents 4 x 4 x 4, one attention block: a step takes some 20 ms."""
     folder = tmp_path_factory.mktemp("model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tiny_pipeline().save_pretrained(folder)
+        pipe = tiny_pipeline()
+        pipe.unet = UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(16,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=None,
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=4,
+        ).eval()
+        pipe.save_pretrained(folder)
     return folder
 
 
 def picture(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +56,7 @@ def pairs():
 
 @pytest.fixture(scope="session")
 def pairs_folder(tmp_path_factory, pairs):
-    folder = tmp_path_factory.mktemp("pairs")
-    write_pairs(folder, [pairs[i] for i in range(len(pairs))], overwrite=True)
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", [pairs[i] for i in range(len(pairs))])
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +66,7 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture
 def trainer(tmp_path, model_folder, pairs, shared_cache):
-    """``trainer(**options)``: a Diffusion-DPO trainer on the tiny model, eight pairs per step, no progress."""
+    """``trainer(name, **options)``: Diffusion-DPO on the tiny model, eight pairs per step, no progress."""
 
     def make(name="run", model=None, dataset=None, **options):
         settings = {
@@ -63,9 +76,16 @@ def trainer(tmp_path, model_folder, pairs, shared_cache):
             "max_train_steps": 3,
             "learning_rate": 1e-3,
             "rank": 4,
+            "checkpointing_steps": 0,
             "progress": False,
         }
         config = DiffusionDPOConfig(**(settings | options))
         return DiffusionDPOTrainer(config, model=model or model_folder, dataset=dataset or pairs)
 
     return make
+
+
+@pytest.fixture
+def log():
+    """``log(folder)``: the records of its log.jsonl."""
+    return lambda folder: [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

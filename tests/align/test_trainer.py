@@ -1,0 +1,361 @@
+"""Diffusion-DPO from options to weights on a tiny model."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from diffalign import losses
+from diffalign.data import PairDataset
+from diffalign.errors import RunFailed, UserError
+from diffalign.likelihood import add_noise, evaluate
+from diffalign.losses import LOSSES
+from diffalign.solvers.noise import NoiseSchedule
+from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def unet_output(pipe):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 4, 4, 4, generator=generator)
+    text = torch.randn(2, 16, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(x, torch.tensor([10, 600]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def load(folder):
+    return StableDiffusionPipeline.from_pretrained(folder)
+
+
+# -------------------------------------------------------------------- the first step
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"mixed_precision": "bf16"}], ids=str)
+def test_the_first_loss_is_log_two(trainer, log, tmp_path, options):
+    trainer(max_train_steps=2, **options).train()
+    first, second = log(tmp_path / "run")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/accuracies"] == 0.5
+    assert first["rewards/margins"] == 0
+    assert first["grad_norm"] > 0
+    assert second["loss"] != first["loss"]
+
+
+def test_log_names_follow_trl(trainer, log, tmp_path):
+    trainer(max_train_steps=1, proportion_empty_prompts=0.5).train()
+    record = log(tmp_path / "run")[0]
+    assert {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} <= set(record)
+    assert {"errors/chosen", "errors/reference_rejected", "gradient_factor", "learning_rate"} <= set(record)
+    assert len(record["errors_by_time"]["chosen"]) == 4
+    assert 0 < record["empty_captions"] < 1
+
+
+def test_metrics_agree_with_the_pairs_they_describe(trainer, log, tmp_path):
+    trainer(max_train_steps=3, learning_rate=1e-2).train()
+    last = log(tmp_path / "run")[-1]
+    beta = 2000
+    assert last["rewards/margins"] == pytest.approx(
+        last["rewards/chosen"] - last["rewards/rejected"], abs=1e-3
+    )
+    gain = last["errors/reference_chosen"] - last["errors/chosen"]
+    assert last["rewards/chosen"] == pytest.approx(0.5 * beta * gain, rel=1e-3, abs=1e-3)
+    assert len([v for v in last["errors_by_time"]["chosen"] if v is not None]) > 1
+
+
+# -------------------------------------------------------------------- what comes out
+
+
+def test_a_lora_reloads_to_equal_outputs(trainer, tmp_path, model_folder):
+    run = trainer(learning_rate=1e-2)
+    result = run.train()
+    trained = unet_output(run.pipeline)
+    fresh = load(model_folder)
+    base = unet_output(fresh)
+    fresh.load_lora_weights(result.output_dir)
+    torch.testing.assert_close(unet_output(fresh), trained, rtol=0, atol=0)
+    assert (trained - base).abs().max() > 1e-3
+    config = fresh.unet.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == (4, 4)
+    fresh.disable_lora()
+    torch.testing.assert_close(unet_output(fresh), base, rtol=0, atol=0)
+    card = (result.output_dir / "README.md").read_text()
+    assert "pipe.load_lora_weights" in card
+    assert str(tmp_path) not in card.split("Options that differ")[1]
+
+
+def test_all_weights_come_out_as_a_pipeline_folder(trainer, model_folder):
+    run = trainer(rank=0)
+    result = run.train()
+    again = load(result.output_dir)
+    torch.testing.assert_close(unet_output(again), unet_output(run.pipeline), rtol=0, atol=0)
+    assert (unet_output(again) - unet_output(load(model_folder))).abs().max() > 1e-4
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    before, after = load_file(model_folder / vae), load_file(result.output_dir / vae)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_average_of_the_weights_is_the_result(trainer):
+    plain = load_file(trainer("plain").train().output_dir / LORA)
+    averaged = load_file(trainer("ema", use_ema=True, ema_decay=0.5).train().output_dir / LORA)
+    assert plain.keys() == averaged.keys()
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
+
+
+def test_a_pipeline_in_memory_is_trained_in_place(trainer, model_folder, pairs_folder):
+    pipe = load(model_folder)
+    before = unet_output(pipe)
+    run = trainer(model=pipe, dataset=str(pairs_folder), learning_rate=1e-2)
+    run.train()
+    assert run.pipeline is pipe
+    assert not torch.equal(unet_output(pipe), before)
+    with pytest.raises(UserError, match="already carries the adapters"):
+        trainer("second", model=pipe).train()
+
+
+def test_going_on_from_a_lora_starts_at_it_and_keeps_it_as_reference(trainer, log, tmp_path, model_folder):
+    first = trainer("first", learning_rate=1e-2).train().output_dir
+    stripped = tmp_path / "stripped"  # a file without metadata, as other programs write it
+    stripped.mkdir()
+    save_file(load_file(first / LORA), stripped / LORA)
+    for number, source in enumerate((first, stripped)):
+        run = trainer(f"more{number}", init_lora=str(source), max_train_steps=2)
+        run.train()
+        assert log(run.folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        fresh = load(model_folder)
+        fresh.load_lora_weights(first)
+        with run.adapter.reference(run.adapter.module):
+            torch.testing.assert_close(unet_output(run.pipeline), unet_output(fresh), rtol=0, atol=0)
+        assert not torch.equal(unet_output(run.pipeline), unet_output(fresh))
+        keys = load_file(run.folder / LORA).keys()
+        assert not any("reference" in key for key in keys)
+
+
+# -------------------------------------------------------------------- equalities
+
+
+def weights(folder):
+    return load_file(folder / LORA)
+
+
+def test_micro_batches_do_not_change_the_step(trainer, log):
+    whole = trainer("whole", train_batch_size=8).train().output_dir
+    split = trainer("split", train_batch_size=2, gradient_accumulation_steps=4).train().output_dir
+    for one, other in zip(log(whole), log(split), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(value, weights(split)[name], rtol=1e-2, atol=1e-4)
+
+
+def test_runs_are_a_function_of_the_seed(trainer):
+    one, same, other = (trainer(n, seed=s).train().output_dir for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert all(torch.equal(v, weights(same)[k]) for k, v in weights(one).items())
+    assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(one).items())
+
+
+def test_the_reference_computed_beforehand_equals_the_live_one(trainer):
+    run = trainer(reference_draws=3, max_train_steps=2)
+    run.train()
+    run.weights.use_as_reference()
+    seen = set()
+    for step in (0, 1):
+        batch = run.batch(step, range(8))
+        seen |= set(batch.draws)
+        noised = add_noise(run.adapter.schedule, "epsilon", batch.latents, batch.noise, batch.t)
+        with torch.no_grad():
+            live = evaluate(run.adapter.denoise, noised, batch.cond).reference
+        torch.testing.assert_close(run._reference_errors(batch), live, rtol=1e-5, atol=1e-6)
+    assert seen == {0, 1, 2}
+
+
+def test_flips_are_drawn_per_pair_whatever_the_micro_batch(trainer):
+    run = trainer(random_flip=True, max_train_steps=1)
+    run.train()
+    whole = run.batch(0, range(8)).latents
+    parts = [run.batch(0, range(i, i + 2)).latents for i in range(0, 8, 2)]
+    chosen, rejected = (torch.cat([p.chunk(2)[side] for p in parts]) for side in (0, 1))
+    assert torch.equal(whole, torch.cat([chosen, rejected]))
+    plain = trainer("plain", max_train_steps=1)
+    plain.train()
+    same = (plain.batch(0, range(8)).latents == whole).flatten(1).all(1)
+    assert 0 < int(same.sum()) < 16
+
+
+# -------------------------------------------------------------------- it learns
+
+
+def test_two_hundred_steps_overfit_sixteen_pairs(trainer, log):
+    # All weights: they are random, which leaves a LoRA on attention little to hold on to.
+    run = trainer(train_batch_size=16, max_train_steps=200, learning_rate=1e-2, rank=0)
+    run.train()
+    wins = [record["rewards/accuracies"] for record in log(run.folder)]
+    assert sum(wins[:10]) / 10 < 0.8
+    assert sum(wins[-20:]) / 20 > 0.95
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_overfits_sixteen_pairs(name):
+    """The same through the likelihood and the loss alone, with a perceptron as the denoiser."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.from_config({})
+    latents = torch.randn(32, 4, 4, 4)
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 256), torch.nn.SiLU(), torch.nn.Linear(256, 64)
+    )
+    twin = copy.deepcopy(net)
+
+    def denoise(x_t, t, cond, reference=False):
+        return (twin if reference else net)(x_t).reshape(x_t.shape)
+
+    row, wins = LOSSES[name], []
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(200):
+        t = torch.randint(0, 300, (16,)).repeat(2)
+        noise = torch.randn(16, 4, 4, 4).repeat(2, 1, 1, 1)
+        noised = add_noise(schedule, "epsilon", latents, noise, t)
+        chosen, rejected = evaluate(denoise, noised, {}, reference=row.reference).log_ratio().chunk(2)
+        # IPO and SPPO aim at a fixed margin, which a small beta lifts above the spread of the noise.
+        loss = row.fn(chosen, rejected, 5.0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wins.append((chosen > rejected).float().mean())
+    assert torch.stack(wins[:5]).mean() < 0.8
+    assert torch.stack(wins[-20:]).mean() > 0.95
+
+
+def test_a_loss_without_reference_runs_none(trainer, log):
+    run = trainer(loss_type="simpo", loss_options={"gamma": 0.0}, beta_dpo=100.0)
+    run.train()
+    assert run.adapter.reference is None
+    assert "errors/reference_chosen" not in log(run.folder)[0]
+
+
+def test_even_votes_train_towards_even_odds(trainer, log, pairs):
+    even = PairDataset.from_lists(
+        [pairs[i].prompt for i in range(8)],
+        [pairs[i].chosen for i in range(8)],
+        [pairs[i].rejected for i in range(8)],
+        preferences=[0.5] * 8,
+        ties="soft",
+    )
+    run = trainer(dataset=even, ties="soft", max_train_steps=2)
+    run.train()
+    assert log(run.folder)[0]["grad_norm"] == pytest.approx(0, abs=1e-5)
+    sure = trainer("sure", max_train_steps=1, ties="soft")
+    sure.train()
+    assert log(sure.folder)[0]["grad_norm"] > 1e-2
+
+
+def test_the_chosen_image_is_held_by_sft_weight(trainer, log):
+    run = trainer(sft_weight=1.0, max_train_steps=1)
+    run.train()
+    record = log(run.folder)[0]
+    assert record["loss"] == pytest.approx(math.log(2) + 0.5 * 2000 * record["errors/chosen"], rel=1e-5)
+
+
+# -------------------------------------------------------------------- bad input, failures
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trainer, monkeypatch, log):
+    run = trainer(max_train_steps=5)
+    honest = run.pair_loss
+
+    def poisoned(errors, preference):
+        per_pair, logit = honest(errors, preference)
+        bad = float("nan") if len(log(run.folder)) == 2 else 1.0
+        return per_pair * bad, logit
+
+    monkeypatch.setattr(run, "pair_loss", poisoned)
+    with pytest.raises(RunFailed, match="not finite in step 3"):
+        run.train()
+    assert [p.name for p in run.folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    rest = trainer(max_train_steps=5, resume_from_checkpoint="latest").train()
+    whole = trainer("whole", max_train_steps=5).train()
+    assert all(torch.equal(v, weights(whole.output_dir)[k]) for k, v in weights(rest.output_dir).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_type": "sigmod"}, "did you mean 'sigmoid'"),
+        ({"loss_options": {"gama": 1.0}, "loss_type": "simpo"}, "did you mean 'gamma'"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "hinge has no setting 'label_smoothing'"),
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1, but is 0"),
+        ({"beta_dpo": -1.0}, "beta_dpo must be above 0"),
+        ({"weighting": "min_snr"}, "weighting must be one of native"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use constant_with_warmup"),
+        ({"overwrite": True, "resume_from_checkpoint": "latest"}, "give one of the two"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
+        ({"reference_draws": 2, "loss_type": "simpo"}, "needs no reference"),
+        ({"rank": 0, "init_lora": "x"}, "rank 0 trains all weights"),
+        ({"model": "/nowhere/model"}, "no model at '/nowhere/model'"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_in_one_sentence(trainer, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        trainer(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_targets": ["to_nothing"]}, "no layer of this model is called"),
+        ({"init_lora": "/nowhere"}, "no LoRA at /nowhere"),
+        ({"dataset": "/nowhere/pairs"}, "/nowhere/pairs"),
+    ],
+    ids=str,
+)
+def test_what_only_loading_can_tell(trainer, options, words):
+    with pytest.raises(UserError, match=words):
+        trainer(**options).train()
+
+
+def test_no_model_and_no_data_are_named():
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
+        DiffusionDPOTrainer(DiffusionDPOConfig())
+    with pytest.raises(UserError, match="--dataset_name"):
+        DiffusionDPOTrainer(DiffusionDPOConfig(pretrained_model_name_or_path="owner/name"))
+
+
+def test_a_folder_in_use_is_not_touched_unless_told(trainer, tmp_path):
+    run = trainer(checkpointing_steps=1, checkpoints_total_limit=2)
+    run.train()
+    assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    (run.folder / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        trainer()
+    trainer(overwrite=True, max_train_steps=1).train()
+    assert not list(run.folder.glob("checkpoint-*"))
+    assert len((run.folder / "log.jsonl").read_text().splitlines()) == 1
+    assert (run.folder / "mine.txt").read_text() == "keep"
+
+
+def test_trackers_get_the_metrics(trainer, tmp_path):
+    trainer(report_to="tensorboard", max_train_steps=1).train()
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_label_smoothing_reaches_the_loss(trainer):
+    run = trainer(label_smoothing=0.2, loss_type="robust")
+    errors = type("E", (), {"log_ratio": lambda self: torch.tensor([0.001, -0.001])})()
+    got, logit = run.pair_loss(errors, torch.ones(1))
+    assert logit.item() == pytest.approx(4.0)
+    wanted = losses.robust(torch.tensor([0.001]), torch.tensor([-0.001]), 2000.0, label_smoothing=0.2)
+    assert torch.equal(got, wanted)
+
+
+def test_options_survive_json(trainer):
+    run = trainer(checkpointing_steps=1, max_train_steps=1)
+    run.train()
+    state = json.loads((run.folder / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["step"] == 1
+    assert state["options"]["loss_type"] == "sigmoid"
