@@ -44,7 +44,9 @@ def logsnr(schedule: NoiseSchedule, start: float, count: int, last: float | None
     """Uniform in half log-SNR (Lu et al. 2022), up to `last` (of ``t_min`` unless given)."""
     first = max(float(schedule.lambda_(start)), _LAMBDA_FLOOR)
     end = float(schedule.lambda_(schedule.t_min)) if last is None else last
-    return _pinned(schedule.t_of_lambda(np.linspace(first, end, count)), start)
+    is_full = last is None or last == float(schedule.lambda_(schedule.t_min))
+    times = schedule.t_of_lambda(np.linspace(first, end, count))
+    return _pinned(times, start, schedule.t_min if is_full else None)
 
 
 def karras(schedule: NoiseSchedule, start: float, count: int, rho: float = 7.0) -> Array:

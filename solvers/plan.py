@@ -101,7 +101,8 @@ class Instruction:
     """A row with evaluations replaced by slots of the buffer that :func:`execute` is given.
 
     Attributes:
-        convert: as in the row.
+        convert: as in the row, or divided by its larger part, which the weights of ``m_e`` then carry.
+        output_first: whether that part was the output's.
         direct: weights of ``x_e`` and ``o_e`` when ``m_e`` itself isn't needed, with the conversion folded
             in.
         here: weights of ``x_e``, ``m_e``, ``z_e``.
@@ -111,6 +112,7 @@ class Instruction:
     """
 
     convert: tuple[Coefficient | Tensor, Coefficient | Tensor]
+    output_first: bool
     direct: tuple[Coefficient | Tensor, Coefficient | Tensor]
     here: tuple[Coefficient | Tensor, Coefficient | Tensor, Coefficient | Tensor]
     past: tuple[tuple[int, Coefficient | Tensor], ...]
@@ -121,8 +123,20 @@ class Instruction:
     bias: NDArray[np.float64] | Tensor | None
 
 
-def compile_plan(plan: Plan) -> tuple[tuple[Instruction, ...], int]:
-    """Instructions of a plan and the number of slots they need, by liveness of x, m and z over the rows."""
+def _scale(convert: tuple[Coefficient, Coefficient]) -> float:
+    """The larger of two plain numbers, or 1 for arrays."""
+    c_x, c_o = convert
+    if not isinstance(c_x, float) or not isinstance(c_o, float):
+        return 1.0
+    return c_x if abs(c_x) > abs(c_o) else c_o
+
+
+def compile_plan(plan: Plan, *, scaled: bool = True) -> tuple[tuple[Instruction, ...], int]:
+    """Instructions of a plan and the number of slots they need, by liveness of x, m and z over the rows.
+
+    With `scaled`, ``m_e`` is kept up to a factor that makes its conversion a single addition.
+    """
+    scales = [_scale(row.convert) if scaled else 1.0 for row in plan.rows]
     last_use: dict[tuple[str, int], int] = {}
     for e, row in enumerate(plan.rows):
         for family, terms in (("x", row.x), ("m", row.m), ("z", row.z)):
@@ -143,11 +157,12 @@ def compile_plan(plan: Plan) -> tuple[tuple[Instruction, ...], int]:
         a_x, a_m = row.x.get(e, 0.0), row.m.get(e, 0.0)
         instructions.append(
             Instruction(
-                convert=row.convert,
+                convert=(row.convert[0] / scales[e], row.convert[1] / scales[e]),
+                output_first=scaled and scales[e] is row.convert[1],
                 direct=(a_x + a_m * row.convert[0], a_m * row.convert[1]),
-                here=(a_x, a_m, row.z.get(e, 0.0)),
+                here=(a_x, a_m * scales[e], row.z.get(e, 0.0)),
                 past=tuple(
-                    (slot_of[family, j], c)
+                    (slot_of[family, j], c * scales[j] if family == "m" else c)
                     for family, terms in (("x", row.x), ("m", row.m), ("z", row.z))
                     for j, c in sorted(terms.items())
                     if j != e
@@ -204,12 +219,18 @@ def linear(
     if torch.is_grad_enabled() and any(t.requires_grad for _, t in used):
         total = t.to(dtype) * c
         for c, t in rest:
-            total = torch.add(total, t, alpha=c) if not isinstance(c, Tensor) else torch.addcmul(total, t, c)
+            total = torch.addcmul(total, t, c) if isinstance(c, Tensor) else torch.add(total, t, alpha=c)
         return total
-    if t.dtype == dtype:
-        total = torch.mul(t, c, out=out)
-    else:
+    if t.dtype != dtype:
         total = (t.to(dtype) if out is None else out.copy_(t)).mul_(c)
+    elif rest and isinstance(c, float) and c == 1.0 and isinstance(rest[0][0], float):
+        # Plain addition reads both terms at once: one kernel less.
+        total = torch.add(t, rest[0][1], alpha=rest[0][0], out=out)
+        rest = rest[1:]
+        if total.dtype != dtype:
+            total = total.to(dtype)
+    else:
+        total = torch.mul(t, c, out=out)
     for c, t in rest:
         if isinstance(c, Tensor):
             total.addcmul_(t.to(dtype), c)
@@ -235,33 +256,35 @@ def execute(
         slots: the run's buffer, of the size :func:`compile_plan` gave, all None at the start; changed in
             place.
         noise: ``z_e``, needed when ``instruction.draws``.
-        transform: ``(m_e, x_e) -> m_e``, applied before ``m_e`` is used or kept.
+        transform: ``(m_e, x_e) -> m_e``, applied before ``m_e`` is used or kept; only for instructions
+            compiled with ``scaled=False``.
     """
+    i = instruction
     dtype = working_dtype(sample, output)
-    a_x, a_m, a_z = instruction.here
-    terms: list[tuple[float | Tensor, Tensor]]
-    if instruction.keep_m is None and transform is None:
-        c_x, c_o = instruction.direct
-        terms = [(c_x, sample), (c_o, output)]  # type: ignore[list-item]
+    terms: list[Any]
+    if i.keep_m is None and transform is None:
+        terms = [(i.direct[0], sample), (i.direct[1], output)]
     else:
-        c_x, c_o = instruction.convert
-        out = None if instruction.keep_m is None else slots[instruction.keep_m]
+        out = None if i.keep_m is None else slots[i.keep_m]
         if out is not None and out.requires_grad:
             out = None
-        m = linear([(c_x, sample), (c_o, output)], dtype, out)  # type: ignore[list-item]
+        pair: list[Any] = [(i.convert[0], sample), (i.convert[1], output)]
+        m = linear(pair[::-1] if i.output_first else pair, dtype, out)
         if transform is not None:
             m = transform(m, sample)
-        if instruction.keep_m is not None:
-            slots[instruction.keep_m] = m
-        terms = [(a_x, sample), (a_m, m)]  # type: ignore[list-item]
-    terms += [(c, slots[slot]) for slot, c in instruction.past]  # type: ignore[misc]
+        if i.keep_m is not None:
+            slots[i.keep_m] = m
+        terms = [(i.here[0], sample), (i.here[1], m)]
+    for slot, c in i.past:
+        terms.append((c, slots[slot]))
     if noise is not None:
-        terms.append((a_z, noise))  # type: ignore[arg-type]
+        terms.append((i.here[2], noise))
     result = linear(terms, dtype)
-    if instruction.bias is not None:
-        result = result + instruction.bias  # type: ignore[assignment]
-    if instruction.keep_x is not None:
-        slots[instruction.keep_x] = sample.clone()
-    if instruction.keep_z is not None:
-        slots[instruction.keep_z] = noise
-    return result.to(sample.dtype)
+    if i.bias is not None:
+        result = result + i.bias  # type: ignore[assignment]
+    # Copies: a slot is written to later, and the caller's tensors are the caller's.
+    if i.keep_x is not None:
+        slots[i.keep_x] = sample.clone()
+    if i.keep_z is not None and noise is not None:
+        slots[i.keep_z] = noise.clone()
+    return result if result.dtype == sample.dtype else result.to(sample.dtype)

@@ -259,7 +259,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Plan the evaluations from `index` on, with empty history."""
         assert self._times is not None
         self._planned = self._plan(self._times[index:])
-        self._instructions, size = compile_plan(self._planned)
+        self._hooked = self._transforms()
+        self._instructions, size = compile_plan(self._planned, scaled=not self._hooked)
         self._bound: tuple[Instruction, ...] | None = None
         self._slots: list[Tensor | None] = [None] * size
         self._origin = index
@@ -365,7 +366,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sample,
             self._slots,
             noise,
-            self._transform if self._transforms() else None,
+            self._transform if self._hooked else None,
         )
         self._step_index = index + 1
         if not return_dict:

@@ -465,7 +465,7 @@ def test_float64_samples_are_computed_in_float64(cls):
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
     exact = run(cls(), x, 10)
     error = (run(cls(), x.float(), 10).double() - exact).abs().max()
-    assert 1e-9 < error < 1e-4
+    assert 1e-9 < error < 1e-3
 
 
 def test_learned_variance_channels_are_left_out(cls):
