@@ -11,7 +11,7 @@ MAPPED = ("solvers", "pipelines", "configs")
 PACKAGE_DATA = {
     "templates": {".html"},
     "configs": {".yaml"},
-    "playground/assets": {".safetensors", ".json", ".txt", ".md"},
+    "playground/assets": {".safetensors", ".json", ".txt", ".md", ".png"},
 }
 
 
