@@ -42,7 +42,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     """
 
     config: Any
-    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    # Whose configs are taken over without a warning about options that have no meaning here.
+    _compatibles: ClassVar[list[str]] = [
+        *(e.name for e in KarrasDiffusionSchedulers),
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "LCMScheduler",
+    ]
     order = 1
 
     #: The kind of prediction that the rows combine: "sample" (data form) or "epsilon" (noise form).

@@ -90,9 +90,10 @@ def test_edited_defaults_of_a_config_count(cls):
     assert cls.from_config(config, prediction_type="sample").config.prediction_type == "sample"
 
 
-def test_flow_configs_are_taken_over(cls):
+def test_flow_configs_are_taken_over(cls, capfd):
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours = cls.from_config(theirs.config)
+    assert "not expected" not in capfd.readouterr().err
     assert ours.schedule.is_flow
     assert ours.config.prediction_type == "flow_prediction"
     ours.set_timesteps(4)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffalign.errors import UserError
-from diffalign.solvers.noise import BETA_SCHEDULES, NoiseSchedule
+from diffalign.solvers.betas import BETA_SCHEDULES
+from diffalign.solvers.noise import NoiseSchedule
 
 SCHEDULES = {
     **{name: NoiseSchedule.from_config({"beta_schedule": name}) for name in BETA_SCHEDULES},
