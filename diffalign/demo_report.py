@@ -201,7 +201,7 @@ def commands(config: DemoConfig, folder: Path) -> list[dict[str, str]]:
         {
             "title": "sample the aligned model",
             "line": f"diffalign sample --model {config.model} --lora {folder / 'lora'} --solver dpm-solver++ "
-            f'--steps {config.steps} --guidance {config.guidance:g} --prompts "[a red star above a blue ring]"',
+            f'--steps {config.steps} --guidance {config.guidance:g} --prompts "[two blue rings]"',
         },
     ]
 

@@ -113,12 +113,14 @@ def run(config: BuildConfig) -> dict[str, float]:
 
 def readme(what: str, command: str, facts: dict[str, float], prompts: int) -> str:
     """What a model folder says of itself."""
+    parts = {k: facts[k] for k in ("vae_seconds", "denoiser_seconds", "training_seconds") if k in facts}
+    minutes = " and ".join(f"{v / 60:.0f} ({k.removesuffix('_seconds')})" for k, v in parts.items())
     how = f"""Trained from nothing by
 
     {command}
 
-in {facts["seconds"] / 60:.0f} minutes on {torch.get_num_threads()} processor threads. `facts.json` holds
-these numbers with the versions that gave them.
+in {minutes} minutes with {torch.get_num_threads()} processor threads. `facts.json` holds these numbers with
+the versions that gave them.
 """
     if what == "scorer":
         return f"""# Playground scorer
