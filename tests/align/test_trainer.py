@@ -59,9 +59,8 @@ def test_metrics_agree_with_the_pairs_they_describe(trainer, log, tmp_path):
     trainer(max_train_steps=3, learning_rate=1e-2).train()
     last = log(tmp_path / "run")[-1]
     beta = 2000
-    assert last["rewards/margins"] == pytest.approx(
-        last["rewards/chosen"] - last["rewards/rejected"], abs=1e-3
-    )
+    margin = last["rewards/chosen"] - last["rewards/rejected"]
+    assert last["rewards/margins"] == pytest.approx(margin, abs=1e-3)
     gain = last["errors/reference_chosen"] - last["errors/chosen"]
     assert last["rewards/chosen"] == pytest.approx(0.5 * beta * gain, rel=1e-3, abs=1e-3)
     assert len([v for v in last["errors_by_time"]["chosen"] if v is not None]) > 1
