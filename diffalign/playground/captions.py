@@ -11,6 +11,7 @@ Four kinds of sentence over 6 shapes and 7 colours, at most 9 words::
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
@@ -161,16 +162,23 @@ def is_held_out(caption: str) -> bool:
     return sha256(caption.encode()).digest()[0] % 5 == 0
 
 
-def draw_captions(seed: int, n: int, *, held_out: bool) -> list[str]:
-    """``n`` captions of one side of the split, in the shares of `KINDS`.
+def draw_captions(seed: int, n: int, *, held_out: bool, kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
+    """``n`` captions of one side of the split, of these kinds, in the shares of `KINDS`.
 
     Kinds with few sentences ("one" has 126) come back to the same ones: draw other noise for them.
+
+    Raises:
+        UserError: a kind that there is not.
     """
+    if not kinds or set(kinds) - set(KINDS):
+        raise UserError(f"kinds of captions are {', '.join(KINDS)}, not {', '.join(kinds) or 'none'}")
     rng = np.random.default_rng([seed, int(held_out)])
+    shares = np.array([KINDS[kind] for kind in kinds])
     chosen: list[str] = []
     while len(chosen) < n:
-        claim = draw_claim(rng)
+        kind = str(rng.choice(list(kinds), p=shares / shares.sum()))
+        claim = _draw(kind, rng)
         while is_held_out(str(claim)) != held_out:
-            claim = _draw(claim.kind, rng)
+            claim = _draw(kind, rng)
         chosen.append(str(claim))
     return chosen
