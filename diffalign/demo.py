@@ -37,10 +37,11 @@ class DemoConfig:
         seed: of captions, noise and training; the captions that judge stay the same.
         sampler_prompts: captions of the sampler comparison.
         sampler_steps: numbers of network evaluations to compare at.
-        pair_prompts: captions that preference pairs are sampled for.
+        rounds: of pairs and Diffusion-DPO; each samples, and is held to, the model of the round before.
+        pair_prompts: captions per round that preference pairs are sampled for.
         pair_images: images per caption, of which the best and the worst make a pair.
         margin: pairs whose scores differ by less are left out.
-        train_steps: optimiser steps of Diffusion-DPO.
+        train_steps: optimiser steps of Diffusion-DPO per round.
         train_batch_size: pairs per step.
         learning_rate: of the LoRA.
         beta_dpo: how strongly the model is held to the base model.
@@ -54,14 +55,15 @@ class DemoConfig:
     output_dir: str = "outputs/demo"
     model: str = "playground/sd"
     seed: int = 0
-    sampler_prompts: int = 12
+    sampler_prompts: int = 24
     sampler_steps: list[int] = field(default_factory=lambda: [5, 8, 10, 20])
-    pair_prompts: int = 240
+    rounds: int = 2
+    pair_prompts: int = 300
     pair_images: int = 4
-    margin: float = 1.0
-    train_steps: int = 300
+    margin: float = 1.5
+    train_steps: int = 200
     train_batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     beta_dpo: float = 2000.0
     rank: int = 16
     eval_prompts: int = 400
@@ -70,7 +72,15 @@ class DemoConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        least = {"sampler_prompts": 1, "pair_prompts": 1, "pair_images": 2, "eval_prompts": 2, "steps": 1}
+        least = {
+            "rounds": 1,
+            "train_steps": 1,
+            "sampler_prompts": 1,
+            "pair_prompts": 1,
+            "pair_images": 2,
+            "eval_prompts": 2,
+            "steps": 1,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name} must be at least {value}, but is {getattr(self, name)}")
@@ -135,7 +145,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
-    from diffalign.demo_report import write_report
+    from diffalign.demo_report import sampler_rows, write_report
     from diffalign.pipelines.load import load_pipeline
     from diffalign.playground import load_scorer
     from diffalign.report import versions
@@ -143,14 +153,18 @@ def run(config: DemoConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with part(seconds, "load", "loading the model"):
         pipe, scorer = load_pipeline(config.model), load_scorer()
-    with part(seconds, "samplers", "1/4 sampling faster"):
+    parts = 2 * config.rounds + 2
+    with part(seconds, "samplers", f"1/{parts} sampling faster"):
         comparison = compare(pipe, config)
-    with part(seconds, "pairs", "2/4 preference pairs of the model's own samples"):
-        candidates = draw_pairs(pipe, scorer, config, folder / "pairs")
-    with part(seconds, "train", "3/4 Diffusion-DPO"):
-        trained = train(config, folder)
-    with part(seconds, "judge", "4/4 base against aligned on held-out captions"):
-        contest = judge(pipe, scorer, config, folder / "lora")
+    candidates, trained, policy = [], [], pipe
+    for i in range(config.rounds):
+        with part(seconds, f"pairs {i + 1}", f"{2 * i + 2}/{parts} pairs of the model's own samples"):
+            candidates.append(draw_pairs(policy, scorer, config, i, folder))
+        with part(seconds, f"train {i + 1}", f"{2 * i + 3}/{parts} Diffusion-DPO"):
+            trained.append(train(config, i, folder))
+            policy = load_pipeline(config.model, lora=str(lora_of(config, i, folder)))
+    with part(seconds, "judge", f"{parts}/{parts} base against aligned on held-out captions"):
+        contest = judge(pipe, policy, scorer, config)
     seconds["total"] = time.perf_counter() - began
     verdict = contest.table()
     summary = {
@@ -159,11 +173,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
         "eval_prompts": verdict["n"],
         "samplers": comparison.table(),
         "converged_moved": comparison.reference_error,
-        "pairs": pair_facts(candidates, config.margin),
+        "pairs": [pair_facts(c, config.margin) for c in candidates],
         "training": trained,
         "nfe": {
             "samplers": sum(r.nfe for r in comparison.rows) * config.sampler_prompts,
-            "pairs": config.steps * config.pair_prompts * config.pair_images,
+            "pairs": config.rounds * config.steps * config.pair_prompts * config.pair_images,
             "judge": 2 * config.steps * config.eval_prompts,
         },
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -178,13 +192,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
         f"\nverifier accuracy on {verdict['n']} held-out captions: {base['value']:.1%} -> "
         f"{aligned['value']:.1%} ({100 * gain['value']:+.1f} points, 95 % interval {low} to {high})"
     )
-    for n in config.sampler_steps:
-        ours, theirs = (
-            next(r.error for r in comparison.rows if (r.sampler, r.steps) == (name, n))
-            for name in (OURS, THEIRS)
-        )
+    for row in sampler_rows(comparison):
         print(
-            f"sampling error at {n:2d} steps: {ours:.3f} with diffalign, {theirs:.3f} with diffusers' default"
+            f"{row['steps']:2d} steps: captions true {row['ours_true']:.0%} with diffalign's sampler, "
+            f"{row['theirs_true']:.0%} with diffusers' default; "
+            f"median error {row['ours']:.3f} and {row['theirs']:.3f}"
         )
     print(f"report: {page}")
     return summary
@@ -217,30 +229,48 @@ def compare(pipe: Any, config: DemoConfig) -> Any:
         config.sampler_steps,
         draw_captions(config.seed + 1, config.sampler_prompts, held_out=True),
         guidance=config.guidance,
+        reference_steps=max(120, 4 * max(config.sampler_steps)),
+        scores={"true": lambda images, prompts: verified(prompts, images).astype(float).tolist()},
         batch_size=config.sampler_prompts,
     )
 
 
-def draw_pairs(pipe: Any, scorer: Any, config: DemoConfig, folder: Path) -> Any:
-    """Part 2: candidates of captions that are not held out; the pairs are written to ``folder``."""
+def pairs_of(i: int, folder: Path) -> Path:
+    """Folder of the pairs of round ``i``, counted from 0."""
+    return folder / "pairs" / f"round-{i + 1}"
+
+
+def lora_of(config: DemoConfig, i: int, folder: Path) -> Path:
+    """Folder of the LoRA of round ``i``; that of the last round is the result."""
+    return folder / "lora" if i == config.rounds - 1 else folder / "lora-rounds" / f"round-{i + 1}"
+
+
+def round_seed(config: DemoConfig, i: int) -> int:
+    return config.seed * 100 + i
+
+
+def draw_pairs(policy: Any, scorer: Any, config: DemoConfig, i: int, folder: Path) -> Any:
+    """Part 2: candidates of captions that are not held out, new ones in each round; the pairs are written."""
     from diffalign.playground.captions import draw_captions
     from diffalign.playground.pairs import draw_candidates, write
 
+    seed = round_seed(config, i)
     candidates = draw_candidates(
-        pipe,
+        policy,
         scorer,
-        draw_captions(config.seed, config.pair_prompts, held_out=False),
+        draw_captions(seed, config.pair_prompts, held_out=False),
         images=config.pair_images,
         steps=config.steps,
         guidance=config.guidance,
-        seed=config.seed,
+        seed=seed,
         progress="sampling candidates",
     )
-    write(candidates, folder, margin=config.margin, overwrite=folder.exists())
+    target = pairs_of(i, folder)
+    write(candidates, target, margin=config.margin, overwrite=target.exists())
     return candidates
 
 
-def train(config: DemoConfig, folder: Path) -> dict[str, Any]:
+def train(config: DemoConfig, i: int, folder: Path) -> dict[str, Any]:
     """Part 3: a LoRA by Diffusion-DPO, through the trainer that every user has; its curve and facts."""
     from diffalign.trainers import log
     from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -248,11 +278,10 @@ def train(config: DemoConfig, folder: Path) -> dict[str, Any]:
     result = DiffusionDPOTrainer(
         DiffusionDPOConfig(
             pretrained_model_name_or_path=config.model,
-            dataset_name=str(folder / "pairs"),
-            output_dir=str(folder / "lora"),
+            dataset_name=str(pairs_of(i, folder)),
+            output_dir=str(lora_of(config, i, folder)),
             overwrite=config.overwrite,
-            seed=config.seed,
-            **recipe(config),
+            **recipe(config, i, folder),
         )
     ).train()
     records = log.read(result.output_dir / "log.jsonl")
@@ -267,9 +296,11 @@ def train(config: DemoConfig, folder: Path) -> dict[str, Any]:
 CURVES = ("step", "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
 
-def recipe(config: DemoConfig) -> dict[str, Any]:
+def recipe(config: DemoConfig, i: int, folder: Path) -> dict[str, Any]:
     """Options of the trainer that differ from its defaults, by their command-line names."""
-    return {
+    going_on = {"init_lora": str(lora_of(config, i - 1, folder))} if i else {}
+    return going_on | {
+        "seed": round_seed(config, i),
         "max_train_steps": config.train_steps,
         "train_batch_size": config.train_batch_size,
         "learning_rate": config.learning_rate,
@@ -280,15 +311,13 @@ def recipe(config: DemoConfig) -> dict[str, Any]:
     }
 
 
-def judge(pipe: Any, scorer: Any, config: DemoConfig, lora: Path) -> Contest:
-    """Part 4: both models draw the same held-out captions from the same noises; the LoRA comes from disk."""
-    from diffalign.pipelines.load import load_pipeline, make_scheduler
+def judge(pipe: Any, aligned: Any, scorer: Any, config: DemoConfig) -> Contest:
+    """Part 4: both models draw the same held-out captions from the same noises."""
+    from diffalign.pipelines.load import make_scheduler
     from diffalign.playground.captions import draw_captions
 
     captions = draw_captions(1000, config.eval_prompts, held_out=True)
     seeds = [10_000_000 + i for i in range(len(captions))]
-    aligned = load_pipeline(config.model)
-    aligned.load_lora_weights(lora)
     drawn = [
         draw(model, captions, seeds, make_scheduler("dpm-solver++", pipe.scheduler.config), config, label)
         for model, label in ((pipe, "base"), (aligned, "aligned"))

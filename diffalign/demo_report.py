@@ -21,7 +21,7 @@ def write_report(
     config: DemoConfig,
     summary: dict[str, Any],
     comparison: Comparison,
-    candidates: Candidates,
+    candidates: list[Candidates],
     contest: Contest,
 ) -> Path:
     """Write report.html, which needs nothing beside it, and its main pictures as PNG files too."""
@@ -37,9 +37,9 @@ def write_report(
         summary=summary,
         error_plot=figure_uri(error),
         grids=[{**g, "uri": png_uri(g["pixels"])} for g in grids],
-        rows=sampler_rows(config, comparison),
-        pairs=pair_examples(candidates, config.margin),
-        curves=figure_uri(curves_figure(summary["training"]["log"])),
+        rows=sampler_rows(comparison),
+        pairs=pair_examples(candidates[0], config.margin),
+        curves=figure_uri(curves_figure([t["log"] for t in summary["training"]])),
         contest=png_uri(before_after),
         kinds=kind_rows(contest),
         commands=commands(config, folder),
@@ -48,24 +48,25 @@ def write_report(
 
 
 def error_figure(comparison: Comparison) -> Any:
-    """Mean distance from the converged latents against network evaluations, both logarithmic."""
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    """Median distance from the converged latents, and share of true captions, against network evaluations."""
+    from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
-    figure, axes = new_figure(6.4, 3.6)
+    figure, (left, right) = new_figure(10, 3.5, columns=2)
     for name, colour in zip(_names(comparison), (PALETTE["ours"], PALETTE["theirs"]), strict=True):
         rows = [row for row in comparison.rows if row.sampler == name]
-        nfe, error = np.array([r.nfe for r in rows]), np.array([r.error for r in rows])
-        spread = np.array([r.error_se for r in rows])
-        axes.fill_between(
-            nfe, np.maximum(error - spread, 1e-4), error + spread, color=colour, alpha=0.15, lw=0
-        )
-        axes.plot(nfe, error, marker="o", markersize=4, color=colour, label=name)
-    axes.axhline(comparison.reference_error, color=PALETTE["muted"], lw=1, ls=":", label="yardstick itself")
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="relative error of the latents")
-    axes.set_xticks(sorted({round(row.nfe) for row in comparison.rows}))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, fontsize=9)
+        nfe = [r.nfe for r in rows]
+        left.plot(nfe, [r.error_median for r in rows], marker="o", markersize=4, color=colour, label=name)
+        right.plot(nfe, [r.scores["true"] for r in rows], marker="o", markersize=4, color=colour, label=name)
+    left.axhline(comparison.reference_error, color=PALETTE["muted"], lw=1, ls=":", label="yardstick itself")
+    left.set(xscale="log", yscale="log", ylabel="relative error of the latents (median)")
+    right.set(xscale="log", ylim=(0, 1), ylabel="captions true of the image")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (left, right):
+        axes.set_xlabel("network evaluations")
+        axes.set_xticks(sorted({round(row.nfe) for row in comparison.rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    left.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -80,18 +81,19 @@ def sampler_grids(config: DemoConfig, comparison: Comparison, shown: int = 8) ->
     return grids
 
 
-def sampler_rows(config: DemoConfig, comparison: Comparison) -> list[dict[str, Any]]:
-    """Error of each sampler at each number of steps, and how many times smaller ours is."""
+def sampler_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """At each number of steps: median error and share of true captions, ours and theirs."""
     ours, theirs = _names(comparison)
-    error = {(r.sampler, r.steps): r.error for r in comparison.rows}
+    cells = {(r.sampler, r.steps): r for r in comparison.rows}
     return [
         {
             "steps": n,
-            "ours": error[ours, n],
-            "theirs": error[theirs, n],
-            "ratio": error[theirs, n] / error[ours, n],
+            "ours": cells[ours, n].error_median,
+            "theirs": cells[theirs, n].error_median,
+            "ours_true": cells[ours, n].scores["true"],
+            "theirs_true": cells[theirs, n].scores["true"],
         }
-        for n in config.sampler_steps
+        for n in dict.fromkeys(r.steps for r in comparison.rows)
     ]
 
 
@@ -108,21 +110,18 @@ def pair_examples(candidates: Candidates, margin: float, shown: int = 6) -> list
     ]
 
 
-def curves_figure(log: list[dict[str, float]], window: int = 20) -> Any:
-    """Implicit accuracy, margins and rewards of the training run, as running means."""
+def curves_figure(logs: list[list[dict[str, float]]], window: int = 20) -> Any:
+    """Loss, implicit accuracy and rewards of each round, one after the other, as running means."""
     figure, axes = new_figure(10, 2.9, columns=3)
-    steps = np.array([row["step"] for row in log])
+    ends = np.cumsum([len(log) for log in logs])
 
     def draw(ax: Any, key: str, colour: str, label: str | None = None) -> None:
-        values = np.array([row[key] for row in log])
-        ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
-        width = min(window, len(values))
-        ax.plot(
-            steps[width - 1 :],
-            np.convolve(values, np.ones(width) / width, "valid"),
-            color=colour,
-            label=label,
-        )
+        for i, (log, end) in enumerate(zip(logs, ends, strict=True)):
+            values, steps = np.array([row[key] for row in log]), np.arange(end - len(log), end) + 1
+            ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
+            width = min(window, len(values))
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            ax.plot(steps[width - 1 :], smooth, color=colour, label=label if i == 0 else None)
 
     draw(axes[0], "loss", PALETTE["ours"])
     axes[0].axhline(np.log(2), color=PALETTE["muted"], ls=":", lw=1)
@@ -136,6 +135,8 @@ def curves_figure(log: list[dict[str, float]], window: int = 20) -> Any:
     axes[2].legend(frameon=False, fontsize=9)
     for ax in axes:
         ax.set_xlabel("optimiser step")
+        for end in ends[:-1]:
+            ax.axvline(end, color=PALETTE["muted"], lw=1)
     return figure
 
 
@@ -177,33 +178,32 @@ def kind_rows(contest: Contest) -> list[dict[str, Any]]:
 
 def commands(config: DemoConfig, folder: Path) -> list[dict[str, str]]:
     """The command lines that repeat the parts of the demo one by one."""
-    from diffalign.demo import recipe
+    from diffalign.demo import lora_of, pairs_of, recipe, round_seed
 
-    steps = " ".join(map(str, config.sampler_steps))
-    options = " ".join(f"--{name} {value}" for name, value in recipe(config).items())
-    return [
-        {
-            "title": "compare samplers",
-            "line": f"diffalign bench samplers --model {config.model} --steps {steps} "
-            f"--guidance {config.guidance:g}",
-        },
-        {
-            "title": "make preference pairs",
-            "line": f"diffalign playground pairs --model {config.model} --prompts {config.pair_prompts} "
+    model, steps = config.model, " ".join(map(str, config.sampler_steps))
+    lines = {
+        "compare samplers": f"diffalign bench samplers --model {model} --steps {steps} "
+        f"--guidance {config.guidance:g} --solvers dpm-solver++ DPMSolverMultistepScheduler",
+    }
+    for i in range(config.rounds):
+        policy = f" --lora {lora_of(config, i - 1, folder)}" if i else ""
+        options = " ".join(f"--{name} {value}" for name, value in recipe(config, i, folder).items())
+        lines[f"round {i + 1}: pairs"] = (
+            f"diffalign playground pairs --model {model}{policy} --prompts {config.pair_prompts} "
             f"--images {config.pair_images} --steps {config.steps} --guidance {config.guidance:g} "
-            f"--margin {config.margin:g} --seed {config.seed} --output_dir outputs/pairs",
-        },
-        {
-            "title": "align",
-            "line": f"diffalign train diffusion-dpo --pretrained_model_name_or_path {config.model} "
-            f"--dataset_name {folder / 'pairs'} --seed {config.seed} {options} --output_dir outputs/lora",
-        },
-        {
-            "title": "sample the aligned model",
-            "line": f"diffalign sample --model {config.model} --lora {folder / 'lora'} --solver dpm-solver++ "
-            f'--steps {config.steps} --guidance {config.guidance:g} --prompts "[two blue rings]"',
-        },
-    ]
+            f"--margin {config.margin:g} --seed {round_seed(config, i)} "
+            f"--output_dir {pairs_of(i, folder)} --overwrite"
+        )
+        lines[f"round {i + 1}: align"] = (
+            f"diffalign train diffusion-dpo --pretrained_model_name_or_path {model} "
+            f"--dataset_name {pairs_of(i, folder)} {options} "
+            f"--output_dir {lora_of(config, i, folder)} --overwrite"
+        )
+    lines["sample the aligned model"] = (
+        f"diffalign sample --model {model} --lora {folder / 'lora'} --solver dpm-solver++ "
+        f'--steps {config.steps} --guidance {config.guidance:g} --prompts "two blue rings"'
+    )
+    return [{"title": title, "line": line} for title, line in lines.items()]
 
 
 def _names(comparison: Comparison) -> list[str]:

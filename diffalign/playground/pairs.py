@@ -26,6 +26,7 @@ class PairsConfig:
     Args:
         output_dir: folder for the pairs.
         model: pipeline folder to sample; playground/sd is the shipped one.
+        lora: folder of a LoRA to put on it, for pairs of an aligned model's own samples.
         prompts: number of captions, none of them held out.
         images: images per caption, of which the best and the worst make a pair.
         steps: sampling steps (DPM-Solver++).
@@ -38,11 +39,12 @@ class PairsConfig:
 
     output_dir: str = "outputs/pairs"
     model: str = "playground/sd"
+    lora: str | None = None
     prompts: int = 200
     images: int = 4
-    steps: int = 10
+    steps: int = 12
     guidance: float = 4.0
-    margin: float = 1.0
+    margin: float = 1.5
     batch_size: int = 40
     seed: int = 0
     overwrite: bool = False
@@ -126,7 +128,7 @@ def run(config: PairsConfig) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
         raise UserError(f"output folder {str(folder)!r} is not empty; add --overwrite or choose another")
     candidates = draw_candidates(
-        load_pipeline(config.model),
+        load_pipeline(config.model, lora=config.lora),
         load_scorer(),
         draw_captions(config.seed, config.prompts, held_out=False),
         images=config.images,

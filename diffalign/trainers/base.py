@@ -178,7 +178,8 @@ class Trainer(ABC, Generic[C]):
         finally:
             if log:
                 log.close()
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
         self._finish(metrics, alarms)
         return TrainResult(self.folder, max(start, config.max_train_steps), metrics, alarms)
 
@@ -371,6 +372,14 @@ class Trainer(ABC, Generic[C]):
             write_card(self, metrics, alarms)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
+
+
+def run_once(trainer: Trainer[Any]) -> TrainResult:
+    """Train in a process that ends afterwards: the process group is taken down as well."""
+    try:
+        return trainer.train()
+    finally:
+        trainer.accelerator.state.destroy_process_group()
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign.errors import UserError, suggestion
 from diffalign.likelihood import Errors
 from diffalign.losses import get_loss
-from diffalign.trainers.base import TrainResult
+from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.pairs import PairConfig, PairTrainer
 
 
@@ -90,4 +90,4 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
 
 def run(config: DiffusionDPOConfig) -> TrainResult:
     """The command ``diffalign train diffusion-dpo``."""
-    return DiffusionDPOTrainer(config).train()
+    return run_once(DiffusionDPOTrainer(config))
