@@ -1,0 +1,86 @@
+"""The shipped models: what their README says holds, and diffusers and open_clip load them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffalign.errors import UserError
+from diffalign.pipelines.generate import generate
+from diffalign.pipelines.load import make_scheduler
+from diffalign.playground import ASSETS, load, load_scorer, model_path
+from diffalign.playground.captions import change_one_word, draw_captions
+from diffalign.playground.pairs import Candidates, draw_candidates
+from diffalign.playground.verifier import accuracy
+from diffalign.playground.world import render, scene
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load()
+
+
+def test_they_are_small_and_hold_no_pickles():
+    files = [f for f in ASSETS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 25e6
+    assert {f.suffix for f in files} <= {".safetensors", ".json", ".md", ".png", ".txt"}
+
+
+def test_the_folder_is_an_ordinary_pipeline():
+    pipe = StableDiffusionPipeline.from_pretrained(model_path("sd"))
+    assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    assert pipe.unet.config.in_channels == 4
+
+
+def test_the_base_model_is_good_but_not_perfect(pipe):
+    stated = json.loads((model_path("sd") / "facts.json").read_text())["true"]
+    assert 0.55 <= stated <= 0.75
+    captions = draw_captions(77, 80, held_out=True)
+    drawn = generate(pipe, captions, range(80), steps=20, guidance=4.0, batch_size=40)
+    # Four standard errors of 80 captions around the stated accuracy.
+    assert abs(accuracy(captions, drawn.images)["true"] - stated) < 4 * (stated * (1 - stated) / 80) ** 0.5
+
+
+def test_the_scorer_prefers_true_captions():
+    scorer, rng = load_scorer(), np.random.default_rng(0)
+    scenes = [scene(123, i) for i in range(200)]
+    images = np.stack([render(s) for s in scenes])
+    true = scorer.score([s.caption for s in scenes], images)
+    false = scorer.score([str(change_one_word(s.claim, rng)) for s in scenes], images)
+    assert (true > false).mean() > 0.85
+
+
+def test_the_scorer_is_differentiable_in_the_pixels():
+    scorer = load_scorer()
+    pixels = torch.rand(2, 3, 96, 96, requires_grad=True)  # another size than its own
+    scorer(["a red star", "two blue rings"], pixels).sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="one prompt per image"):
+        scorer(["a red star"], pixels)
+
+
+def test_candidates_pair_the_best_with_the_worst(pipe):
+    drawn = draw_candidates(pipe, load_scorer(), ["a red star", "two blue rings"], images=3, steps=4, seed=5)
+    again = draw_candidates(
+        pipe, load_scorer(), ["a red star", "two blue rings"], images=3, steps=4, seed=5, batch_size=2
+    )
+    assert drawn.images.shape == (2, 3, 64, 64, 3)
+    assert np.abs(drawn.images.astype(int) - again.images).max() <= 2  # no image depends on its batch
+    scores = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]], np.float32)
+    assert Candidates(drawn.captions, drawn.images, scores).pairs(1.0) == [(0, 1, 0)]
+    assert Candidates(drawn.captions, drawn.images, scores).pairs(5.0) == []
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(UserError, match="did you mean 'playground/sd'"):
+        model_path("playground/sdd")
+    with pytest.raises(UserError, match="no open_clip model at"):
+        type(load_scorer()).from_pretrained(ASSETS / "sd")
+
+
+def test_our_scheduler_takes_over_the_pipelines_config(pipe):
+    scheduler = make_scheduler("dpm-solver++", pipe.scheduler.config)
+    assert scheduler.config.beta_schedule == "scaled_linear"
