@@ -6,6 +6,6 @@ adapter = load_adapter("path/or/hub-id")      # or a pipeline that is loaded alr
 adapter.denoise(x_t, t, adapter.encode_prompts(["a red star"]))
 """
 
-from diffalign.models.base import FAMILIES, ModelAdapter, load_adapter
+from diffalign.models.base import FAMILIES, LORA_FILE, ModelAdapter, load_adapter
 
-__all__ = ["FAMILIES", "ModelAdapter", "load_adapter"]
+__all__ = ["FAMILIES", "LORA_FILE", "ModelAdapter", "load_adapter"]

@@ -19,6 +19,9 @@ from diffalign.models.reference import Reference
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.prediction import check_prediction_type
 
+#: Where a LoRA lies in a folder of it, by diffusers' convention.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
 #: pipeline class -> "module:adapter class"
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.models.sd:SDAdapter",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.likelihood import Conditions
-from diffalign.models.base import ModelAdapter
+from diffalign.models.base import LORA_FILE, ModelAdapter
 
 
 class SDAdapter(ModelAdapter):
@@ -60,11 +60,10 @@ class SDAdapter(ModelAdapter):
         )
 
     def load_lora(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        name = "pytorch_lora_weights.safetensors"
-        if not (folder / name).is_file():
-            raise UserError(f"there is no LoRA at {folder}: it has no {name}")
+        if not (folder / LORA_FILE).is_file():
+            raise UserError(f"there is no LoRA at {folder}: it has no {LORA_FILE}")
         state, _, metadata = self.pipeline.lora_state_dict(
-            folder, weight_name=name, return_lora_metadata=True, use_safetensors=True
+            folder, weight_name=LORA_FILE, return_lora_metadata=True, use_safetensors=True
         )
         prefix = f"{self.denoiser_name}."
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

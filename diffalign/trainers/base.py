@@ -23,24 +23,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import output
 from diffalign.errors import RunFailed, UserError
-from diffalign.models import ModelAdapter, load_adapter
+from diffalign.models import LORA_FILE, ModelAdapter, load_adapter
 from diffalign.pipelines.load import resolve_model
 from diffalign.trainers import checkpoint
 from diffalign.trainers.card import write_card
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
+from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae
 from diffalign.trainers.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -92,7 +90,7 @@ class Trainer(ABC, Generic[C]):
             raise UserError("no model to train: give --pretrained_model_name_or_path, a folder or a hub id")
         if isinstance(self._dataset, str) and not self._dataset:
             raise UserError("no data to train on: give --dataset_name, a folder, file or hf://owner/name")
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_for(config)
         self.folder = Path(config.output_dir).expanduser()
         self._resume: Path | None = None
         if config.resume_from_checkpoint:
@@ -238,9 +236,16 @@ class Trainer(ABC, Generic[C]):
         if self.config.resume_from_checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
             return
-        output.prepare(self.folder, overwrite=self.config.overwrite or self._only_a_cache())
+        overwrite = self.config.overwrite
+        if checkpoint.checkpoints(self.folder) and not overwrite:
+            raise UserError(
+                f"output folder {str(self.folder)!r} is not empty: it has checkpoints of a run; go on with "
+                "--resume_from_checkpoint latest, start anew with --overwrite, or choose another --output_dir"
+            )
+        output.prepare(self.folder, overwrite=overwrite or self._only_a_cache())
         checkpoint.clear(self.folder)
-        (self.folder / LOG).unlink(missing_ok=True)
+        for name in (LOG, LORA_FILE, "README.md"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _only_a_cache(self) -> bool:
         """Whether the folder holds nothing but encodings, of a run that ended before it began to train."""
@@ -250,7 +255,7 @@ class Trainer(ABC, Generic[C]):
         config = self.config
         parts = {}
         if config.pretrained_vae_model_name_or_path:
-            parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+            parts["vae"] = load_vae(config.pretrained_vae_model_name_or_path)
         return load_adapter(self._model, revision=config.revision, variant=config.variant, **parts)
 
     def _prepare_optimisation(self) -> None:
@@ -265,7 +270,7 @@ class Trainer(ABC, Generic[C]):
                 self.pairs_per_step,
                 self.base_rate,
             )
-        optimizer = _adamw(config)(
+        optimizer = adamw_for(config)(
             self.weights.trainable,
             lr=self.base_rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -380,48 +385,3 @@ def run_once(trainer: Trainer[Any]) -> TrainResult:
         return trainer.train()
     finally:
         trainer.accelerator.state.destroy_process_group()
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    # One process may train several times with different precisions; accelerate keeps the first in a
-    # singleton.
-    AcceleratorState._reset_state()
-    trackers = [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
-    try:
-        accelerator = Accelerator(
-            # Without this, torchrun on a machine without accelerators starts runs that ignore each other.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=config.mixed_precision,
-            log_with=trackers or None,
-            project_dir=str(Path(config.output_dir).expanduser() / "logs"),
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate refuses these options: {error}") from error
-    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in kinds:
-        raise UserError(
-            "training runs on one device or data-parallel on several, "
-            f"not under {accelerator.distributed_type}"
-        )
-    return accelerator
-
-
-def _adamw(config: TrainConfig) -> Any:
-    if not config.use_8bit_adam:
-        import functools
-
-        return functools.partial(torch.optim.AdamW, fused=True)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("use_8bit_adam needs bitsandbytes: pip install 'diffalign[bnb]'") from error
-    return bitsandbytes.optim.AdamW8bit
-
-
-def _load_vae(path: str) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the autoencoder {path} could not be loaded: {error}") from error

@@ -105,8 +105,9 @@ def test_two_processes_give_the_result_of_one(tmp_path, arguments):
     one, two = (read(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 3
     for mine, theirs in zip(one, two, strict=True):
+        # beta 2000 turns rounding of 1e-7 in an error into 1e-4 in a margin
         for name in ("loss", "grad_norm", "errors/chosen", "rewards/margins"):
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), name
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-3), name
     wanted, got = load_file(tmp_path / "one" / LORA), load_file(tmp_path / "two" / LORA)
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-4)

@@ -185,6 +185,22 @@ def test_flips_are_drawn_per_pair_whatever_the_micro_batch(trainer):
     assert 0 < int(same.sum()) < 16
 
 
+@pytest.mark.parametrize(("draws", "limit"), [(0, 1.36), (2, 1.05)])
+def test_what_a_step_costs_against_fine_tuning(trainer, draws, limit):
+    """In operations, all weights trained: a live reference is one forward more, a known one nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run = trainer(rank=0, reference_draws=draws, max_train_steps=1)
+    run.train()
+    batch = run.batch(0, range(8))
+    noised = add_noise(run.adapter.schedule, "epsilon", batch.latents, batch.noise, batch.t)
+    with FlopCounterMode(display=False) as tuning:
+        run.adapter.denoise(noised.x_t, noised.t, batch.cond).square().mean().backward()
+    with FlopCounterMode(display=False) as aligning:
+        run.losses(0, range(8))[0].mean().backward()
+    assert 1.0 <= aligning.get_total_flops() / tuning.get_total_flops() <= limit
+
+
 # -------------------------------------------------------------------- it learns
 
 
@@ -330,7 +346,7 @@ def test_a_folder_in_use_is_not_touched_unless_told(trainer, tmp_path):
     run.train()
     assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     (run.folder / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match=r"not empty.*--resume_from_checkpoint latest"):
         trainer()
     trainer(overwrite=True, max_train_steps=1).train()
     assert not list(run.folder.glob("checkpoint-*"))

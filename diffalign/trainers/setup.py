@@ -1,0 +1,65 @@
+"""What a run needs before its first step: the accelerator, the optimiser's class, parts from elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
+from torch import nn
+
+from diffalign.errors import UserError
+from diffalign.trainers.config import TrainConfig
+
+
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        UserError: a precision that the device lacks, an unknown tracker, a parallelism that the loop lacks.
+    """
+    # One process may train several times with different precisions; accelerate keeps the first in a
+    # singleton.
+    AcceleratorState._reset_state()
+    trackers = [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
+    try:
+        accelerator = Accelerator(
+            # Without this, torchrun on a machine without accelerators starts runs that ignore each other.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_dir=str(Path(config.output_dir).expanduser() / "logs"),
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate refuses these options: {error}") from error
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in kinds:
+        raise UserError(
+            "training runs on one device or data-parallel on several, "
+            f"not under {accelerator.distributed_type}"
+        )
+    return accelerator
+
+
+def adamw_for(config: TrainConfig) -> Any:
+    """The class of the optimiser, to be called with parameters and settings."""
+    if not config.use_8bit_adam:
+        return functools.partial(torch.optim.AdamW, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("use_8bit_adam needs bitsandbytes: pip install 'diffalign[bnb]'") from error
+    return bitsandbytes.optim.AdamW8bit
+
+
+def load_vae(path: str) -> nn.Module:
+    """An autoencoder by folder or hub id, from safetensors."""
+    try:
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the autoencoder {path} could not be loaded: {error}") from error
