@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from diffalign.errors import UserError, suggestion
 
 if TYPE_CHECKING:
-    from diffalign.solvers.mixture import GaussianMixture
-
     from diffalign.solvers.ddim import DDIMScheduler
     from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
+    from diffalign.solvers.mixture import GaussianMixture
     from diffalign.solvers.noise import NoiseSchedule
     from diffalign.solvers.sampling import sample
     from diffalign.solvers.scheduler import PlanScheduler
