@@ -70,5 +70,5 @@ def test_auto_ends_closer_to_the_image_with_more_steps():
     last = [grids.auto_times(SD, n, order=2, final="zero", start=SD.t_max)[-2] for n in (5, 8, 12, 20, 60)]
     assert (np.diff(last) < 0).all()
     assert last[-1] == 0
-    offsets = np.array([-0.3, -0.3, -0.3 + 0.6 * 4 / 7, 0.3])
+    offsets = np.array([-0.25, -0.25, -0.25 + 0.55 * 4 / 7, 0.3])
     np.testing.assert_allclose(SD.lambda_(last[:4]), np.log([5, 8, 12, 20]) + offsets, atol=1e-6)
