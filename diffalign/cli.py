@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
         "diffalign.playground.build:BuildConfig",
         "diffalign.playground.build:run",
         "train the playground models from nothing",
-        "diffalign playground build --what sd --output_dir outputs/playground",
+        "diffalign playground build sd --output_dir outputs/playground",
     ),
     "bench samplers": Command(
         "diffalign.bench.samplers_report:SamplersConfig",
@@ -190,7 +190,7 @@ def parse(config_class: type, args: Sequence[str], *, prog: str, example: str) -
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, as_positional=True)
     try:
         namespace = parser.parse_args(resolve(_spell_out(list(args), hints)))
         values = parser.instantiate(namespace).as_dict()

@@ -37,7 +37,7 @@ def model_path(name: str) -> Path:
     if not (ASSETS / short).is_dir():
         raise UserError(
             f"the weights of playground/{short} are missing in {ASSETS}: reinstall diffalign, or train them "
-            f"with 'diffalign playground build --what {short}'"
+            f"with 'diffalign playground build {short}'"
         )
     return ASSETS / short
 

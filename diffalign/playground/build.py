@@ -26,7 +26,7 @@ class BuildConfig:
         output_dir: the finished model goes to <output_dir>/<what>, the state to <output_dir>/work.
         seed: of scenes, initial weights and batches.
         images: scenes to draw; 32000 for sd and 20000 for the scorer if not given.
-        steps: steps of the denoiser or of the scorer; 6500 and 4000 if not given.
+        steps: steps of the denoiser or of the scorer; 6500 and 3000 if not given.
         vae_steps: steps of the autoencoder (sd only).
         eval_prompts: held-out captions that the finished sd model is judged by.
         threads: processor threads; all if not given.
@@ -34,7 +34,7 @@ class BuildConfig:
         overwrite: start anew in a folder that is not empty.
     """
 
-    what: Literal["sd", "scorer"] = "sd"
+    what: Literal["sd", "scorer"]
     output_dir: str = "outputs/playground"
     seed: int = 0
     images: int | None = None
@@ -51,7 +51,7 @@ TEXT = {
     "scorer": "ResNet image tower, 2-layer text tower, sigmoid loss",
 }
 
-DEFAULTS = {"sd": {"images": 32_000, "steps": 6_500}, "scorer": {"images": 20_000, "steps": 4_000}}
+DEFAULTS = {"sd": {"images": 32_000, "steps": 6_500}, "scorer": {"images": 20_000, "steps": 3_000}}
 
 
 def run(config: BuildConfig) -> dict[str, float]:
@@ -104,7 +104,7 @@ def run(config: BuildConfig) -> dict[str, float]:
 
         facts = scorer.build(target, work, images=images, steps=steps, seed=config.seed)
     options = " ".join(f"--{k} {v}" for k, v in settings.items())
-    command = f"diffalign playground build --what {config.what} {options}"
+    command = f"diffalign playground build {config.what} {options}"
     output.write_text(target / "README.md", readme(config.what, command, facts, config.eval_prompts))
     output.write_json(target / "facts.json", facts | versions())
     print(f"wrote {target}: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))

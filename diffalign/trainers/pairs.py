@@ -6,7 +6,7 @@ A method adds its options and turns log-ratios into a loss (:meth:`PairTrainer.p
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,6 +35,8 @@ class PairConfig(TrainConfig):
     Args:
         weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
         snr_gamma: gamma of weighting snr_gamma.
+        columns: which column holds what, where names differ, such as {prompt: text, chosen: good}.
+        max_bad: share of damaged rows (unreadable images, empty captions) that a data set may have.
         ties: pairs without a winner: drop, soft (trained towards even odds) or error.
         reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
             time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
@@ -43,12 +45,15 @@ class PairConfig(TrainConfig):
 
     weighting: str = "native"
     snr_gamma: float = 5.0
+    columns: dict[str, str] = field(default_factory=dict)
+    max_bad: float = 0.01
     ties: Literal["drop", "soft", "error"] = "drop"
     reference_draws: int = 0
 
     def check(self) -> None:
         super().check()
         self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
         self._need("snr_gamma", self.snr_gamma > 0, "above 0")
         self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
 
@@ -92,7 +97,12 @@ class PairTrainer(Trainer[P]):
             self.pairs = source[: config.max_train_samples] if config.max_train_samples else source
         else:
             self.pairs = open_pairs(
-                source, split=config.dataset_split, ties=config.ties, limit=config.max_train_samples
+                source,
+                split=config.dataset_split,
+                columns=config.columns or None,
+                ties=config.ties,
+                limit=config.max_train_samples,
+                max_bad=config.max_bad,
             )
         self.data_length = len(self.pairs)
 

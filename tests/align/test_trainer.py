@@ -374,3 +374,21 @@ def test_options_survive_json(trainer):
     state = json.loads((run.folder / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["step"] == 1
     assert state["options"]["loss_type"] == "sigmoid"
+
+
+def test_other_column_names_and_a_damaged_row_are_let_through_on_request(trainer, pairs_folder, tmp_path):
+    rows = [json.loads(line) for line in (pairs_folder / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"], row["good"] = row.pop("prompt"), str(pairs_folder / row.pop("chosen"))
+        row["rejected"] = str(pairs_folder / row["rejected"])
+    rows[0]["good"] = str(tmp_path / "missing.png")
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "text", "chosen": "good"}
+    with pytest.raises(UserError, match="max_bad"):
+        trainer(dataset=str(data), columns=columns).train()
+    run = trainer("second", dataset=str(data), columns=columns, max_bad=0.5, max_train_steps=1)
+    run.train()
+    assert len(run.pairs) == len(rows)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        trainer("third", max_bad=2.0)

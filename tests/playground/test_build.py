@@ -73,7 +73,7 @@ def test_the_tokenizer_gives_every_word_of_the_captions_one_token(tmp_path):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
-    config = BuildConfig(output_dir=str(folder), images=64, vae_steps=3, steps=3, eval_prompts=4)
+    config = BuildConfig("sd", output_dir=str(folder), images=64, vae_steps=3, steps=3, eval_prompts=4)
     return folder, config, run(config)
 
 
@@ -108,7 +108,7 @@ def test_build_refuses_a_used_folder_and_other_options_on_resume(built):
     with pytest.raises(UserError, match="its own options"):
         run(BuildConfig(**{**vars(config), "resume": True, "steps": 4}))
     with pytest.raises(UserError, match="nothing to resume"):
-        run(BuildConfig(output_dir=str(folder / "other"), resume=True))
+        run(BuildConfig("sd", output_dir=str(folder / "other"), resume=True))
     again = run(BuildConfig(**{**vars(config), "resume": True}))
     assert again["vae_psnr_db"] == facts["vae_psnr_db"]
 
