@@ -190,7 +190,8 @@ def parse(config_class: type, args: Sequence[str], *, prog: str, example: str) -
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(config_class, as_positional=True)
+    # A command whose one required option reads as a word of it says so: `diffalign playground build sd`.
+    parser.add_class_arguments(config_class, as_positional=getattr(config_class, "POSITIONAL", False))
     try:
         namespace = parser.parse_args(resolve(_spell_out(list(args), hints)))
         values = parser.instantiate(namespace).as_dict()

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -33,6 +33,8 @@ class BuildConfig:
         resume: go on with a run that was stopped, with the same options.
         overwrite: start anew in a folder that is not empty.
     """
+
+    POSITIONAL: ClassVar[bool] = True
 
     what: Literal["sd", "scorer"]
     output_dir: str = "outputs/playground"
