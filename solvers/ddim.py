@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers.plan import Plan, Row, linear, working_dtype
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, scheduler_options
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["DDIMScheduler", "SchedulerMixin"]
@@ -37,41 +36,19 @@ class DDIMScheduler(PlanScheduler):
 
     _grid_with_end = False
 
-    @register_to_config
+    @scheduler_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        prediction_type: str = "epsilon",
-        grid: str = "auto",
         eta: float = 0.0,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         set_alpha_to_one: bool = True,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
-        shift_terminal: float | None = None,
-        lambda_min_clipped: float = -math.inf,
         timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
+        **shared: Any,
     ) -> None:
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"eta must lie between 0 and 1, but is {eta}")
         self._eta = float(eta)
-        self._setup()
 
     def _final(self) -> str:
         return "zero" if self.config.set_alpha_to_one else "sigma_min"

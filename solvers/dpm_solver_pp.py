@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
-from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 
 from diffalign.errors import UserError
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["DPMSolverPPScheduler", "SchedulerMixin", "multistep_orders", "multistep_weights"]
@@ -55,39 +54,17 @@ class DPMSolverPPScheduler(PlanScheduler):
     The other options are diffusers'.
     """
 
-    @register_to_config
+    @scheduler_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
         solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        grid: str = "auto",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
         algorithm_type: str = "dpmsolver++",
         solver_type: str = "midpoint",
         third_order: str = "taylor",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
-        shift_terminal: float | None = None,
         final_sigmas_type: str = "zero",
-        lambda_min_clipped: float = -math.inf,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
+        **shared: Any,
     ) -> None:
         if solver_order not in (1, 2, 3):
             raise UserError(f"solver_order must be 1, 2 or 3, but is {solver_order}")
@@ -95,7 +72,6 @@ class DPMSolverPPScheduler(PlanScheduler):
         check_choice("third_order", third_order, ("taylor", "published"))
         check_choice("algorithm_type", algorithm_type, ("dpmsolver++",))
         check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        self._setup()
 
     @classmethod
     def _translated(cls, config: dict[str, Any]) -> dict[str, Any]:
