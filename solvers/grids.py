@@ -163,7 +163,8 @@ def diffusers_times(
     """The grid that diffusers builds from a config: a ``use_*_sigmas`` flag, else ``timestep_spacing``.
 
     Differences, all on purpose: times are not rounded or truncated to integers where sigmas are given, and
-    with ``sigma_min`` as the end no step of length zero is spent.
+    where the last evaluation is at the end itself (``sigma_min``), the step goes to the clean image instead
+    of nowhere.
     """
     if schedule.is_flow:
         return flow_times(schedule, count, final=final, shift=schedule.shift)
@@ -175,7 +176,7 @@ def diffusers_times(
             config["timestep_spacing"], count, total, config["steps_offset"], with_end=with_end
         )
         if final == "sigma_min" and steps[-1] <= schedule.t_min:
-            end = schedule.t_clean if steps[-1] < schedule.t_min or count == 1 else schedule.t_min
+            end = schedule.t_clean
         return np.append(np.minimum(steps, schedule.t_max), end)
     points = count if final == "zero" else count + 1
     high = min(float(schedule.sigma_diffusers(start)), _SIGMA_CAP)
@@ -237,7 +238,9 @@ def auto_times(schedule: NoiseSchedule, count: int, *, order: int, final: str, s
     offset = float(np.interp(count, (_FEW, _MANY), (few, many)))
     weight = 1.0 if count >= full else (count - 2) / (full - 2)
     highest = float(schedule.lambda_(schedule.t_min))
-    last = min(highest, math.log(count) + offset) if final == "zero" else highest
+    last = math.log(count) + offset
+    if final != "zero" or not schedule.lambda_(start) < last < highest:
+        last = highest
     points = count if final == "zero" else count + 1
     in_time = np.linspace(
         start, schedule.t_min if last == highest else float(schedule.t_of_lambda(last)), points
