@@ -27,9 +27,10 @@ class DiffusionDPOConfig(PairConfig):
     Args:
         beta_dpo: how strongly the model is held to its reference, for mean-reduced errors; 500 to 5000. The
             gradient grows with it: learning_rate times beta_dpo is what sets the pace.
-        loss_type: sigmoid, robust, ipo, ipo_raw, hinge, exo_pair, nca_pair, bco_pair, apo_zero, apo_down,
-            sppo, dpop, alpha_dpo or simpo (which needs no reference).
-        label_smoothing: probability that a label is wrong; for sigmoid, robust and exo_pair.
+        loss_type: a row of diffalign.losses.LOSSES: sigmoid, robust, ipo, hinge, exo_pair, nca_pair,
+            apo_zero, sppo, dpop, alpha_dpo, ...; simpo, cpo, alphapo, orpo and mapo need no reference.
+        label_smoothing: probability that a label is wrong; for sigmoid, robust, exo_pair, aot and a few
+            more.
         loss_options: further settings of a loss, such as penalty for dpop or gamma for simpo.
         sft_weight: adds so many times the denoising error of the chosen image, in units of beta/2: 1 pulls as
             hard as an unsure pair pushes. A guard against falling winners.
@@ -55,6 +56,8 @@ class DiffusionDPOConfig(PairConfig):
                     f"loss_type {self.loss_type} has no setting {name!r}"
                     f"{suggestion(name, list(loss.options))} (it has: {allowed})"
                 )
+        if "gap" in loss.inputs:
+            raise UserError(f"loss_type {self.loss_type} needs score gaps, which this trainer does not read")
         if self.reference_draws and not loss.reference:
             raise UserError(f"loss_type {self.loss_type} needs no reference, so reference_draws must be 0")
 
@@ -77,15 +80,26 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
 
     def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        chosen, rejected = errors.log_ratio().chunk(2)
-        options = config.options()
-        losses = self.loss.fn(chosen, rejected, self.beta, **options)
-        if config.ties == "soft":  # the chosen one won only with this probability
-            swapped = self.loss.fn(rejected, chosen, self.beta, **options)
+        policy = -0.5 * errors.policy
+        reference = None if errors.reference is None else -0.5 * errors.reference
+
+        def losses_of(policy: Tensor, reference: Tensor | None) -> Tensor:
+            return self.loss(policy, reference, self.beta, preference=preference, **config.options())
+
+        losses = losses_of(policy, reference)
+        if config.ties == "soft" and "preference" not in self.loss.inputs:
+            # The chosen one won only with this probability.
+            swapped = losses_of(swap(policy), None if reference is None else swap(reference))
             losses = preference * losses + (1 - preference) * swapped
         if config.sft_weight:
             losses = losses + config.sft_weight * 0.5 * self.beta * errors.policy.chunk(2)[0]
+        chosen, rejected = errors.log_ratio().chunk(2)
         return losses, self.beta * (chosen - rejected)
+
+
+def swap(rows: Tensor) -> Tensor:
+    """``[chosen, rejected]`` as ``[rejected, chosen]``."""
+    return rows.roll(len(rows) // 2)
 
 
 def run(config: DiffusionDPOConfig) -> TrainResult:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import losses
 from diffalign.data import PairDataset
 from diffalign.errors import RunFailed, UserError
-from diffalign.likelihood import add_noise, evaluate
+from diffalign.likelihood import Errors, add_noise, evaluate
 from diffalign.losses import LOSSES
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -233,9 +233,11 @@ def test_every_loss_overfits_sixteen_pairs(name):
         t = torch.randint(0, 300, (16,)).repeat(2)
         noise = torch.randn(16, 4, 4, 4).repeat(2, 1, 1, 1)
         noised = add_noise(schedule, "epsilon", latents, noise, t)
-        chosen, rejected = evaluate(denoise, noised, {}, reference=row.reference).log_ratio().chunk(2)
+        errors = evaluate(denoise, noised, {}, reference=row.reference)
+        chosen, rejected = errors.log_ratio().chunk(2)
         # IPO and SPPO aim at a fixed margin, which a small beta lifts above the spread of the noise.
-        loss = row.fn(chosen, rejected, 5.0).mean()
+        reference = None if errors.reference is None else -0.5 * errors.reference
+        loss = row(-0.5 * errors.policy, reference, 5.0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -361,7 +363,7 @@ def test_trackers_get_the_metrics(trainer, tmp_path):
 
 def test_label_smoothing_reaches_the_loss(trainer):
     run = trainer(label_smoothing=0.2, loss_type="robust")
-    errors = type("E", (), {"log_ratio": lambda self: torch.tensor([0.001, -0.001])})()
+    errors = Errors(torch.tensor([-0.002, 0.002]), torch.zeros(2))
     got, logit = run.pair_loss(errors, torch.ones(1))
     assert logit.item() == pytest.approx(4.0)
     wanted = losses.robust(torch.tensor([0.001]), torch.tensor([-0.001]), 2000.0, label_smoothing=0.2)
