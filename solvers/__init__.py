@@ -13,15 +13,21 @@ from diffalign.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from diffalign.solvers.ddim import DDIMScheduler
+    from diffalign.solvers.dpm_solver import DPMSolverScheduler
     from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
     from diffalign.solvers.mixture import GaussianMixture
     from diffalign.solvers.noise import NoiseSchedule
+    from diffalign.solvers.pndm import PNDMScheduler
     from diffalign.solvers.sampling import sample
     from diffalign.solvers.scheduler import PlanScheduler
+    from diffalign.solvers.unipc import UniPCScheduler
 
 _SCHEDULERS = {
     "ddim": ("ddim", "DDIMScheduler"),
+    "dpm-solver": ("dpm_solver", "DPMSolverScheduler"),
     "dpm-solver++": ("dpm_solver_pp", "DPMSolverPPScheduler"),
+    "pndm": ("pndm", "PNDMScheduler"),
+    "unipc": ("unipc", "UniPCScheduler"),
 }
 _OTHERS = {
     "GaussianMixture": "mixture",
@@ -78,8 +84,11 @@ __all__ = [
     "SOLVERS",
     "DDIMScheduler",
     "DPMSolverPPScheduler",
+    "DPMSolverScheduler",
     "GaussianMixture",
     "NoiseSchedule",
+    "PNDMScheduler",
     "PlanScheduler",
+    "UniPCScheduler",
     "sample",
 ]
