@@ -46,6 +46,7 @@ def _shared(
     thresholding: bool = False,
     dynamic_thresholding_ratio: float = 0.995,
     sample_max_value: float = 1.0,
+    sample_min_value: float = 1.0,
     use_karras_sigmas: bool = False,
     use_exponential_sigmas: bool = False,
     use_beta_sigmas: bool = False,
@@ -60,7 +61,10 @@ def _shared(
     steps_offset: int = 0,
     rescale_betas_zero_snr: bool = False,
 ) -> None:
-    """The options of every scheduler here, with their defaults; all but ``grid`` are diffusers'."""
+    """The options of every scheduler here, with their defaults.
+
+    All but ``grid`` and ``sample_min_value`` (:func:`threshold`) are diffusers'.
+    """
 
 
 def scheduler_options(init: Callable[..., None]) -> Callable[..., None]:
@@ -106,7 +110,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     #: The kind of prediction that the rows combine: "sample" (data form) or "epsilon" (noise form).
-    form: ClassVar[str] = "sample"
+    form: str = "sample"
     #: Whether diffusers' grid of this method leaves out the end point of n + 1 (its multistep classes do).
     _grid_with_end: ClassVar[bool] = True
 
@@ -133,6 +137,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         if config.sample_max_value < 1.0:
             raise UserError(f"sample_max_value must be at least 1, but is {config.sample_max_value}")
+        if not 0.0 < config.sample_min_value <= config.sample_max_value:
+            raise UserError(
+                f"sample_min_value must lie above 0 and not above sample_max_value = "
+                f"{config.sample_max_value}, but is {config.sample_min_value}; the published dynamic "
+                f"thresholding has sample_max_value=inf"
+            )
+        if self.schedule.t_max <= self.schedule.t_min:
+            raise UserError("num_train_timesteps must be at least 2 (as many as trained_betas has, if given)")
+        if self._start_time() <= self.schedule.t_min:
+            raise UserError(
+                f"lambda_min_clipped = {config.lambda_min_clipped} leaves no training step to start from; "
+                f"half log-SNR goes up to {self.schedule.lambda_(self.schedule.t_min):.4f} here"
+            )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         top = round(self.schedule.t_max)
@@ -149,11 +166,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise UserError("flow schedulers with inverted sigmas (Mochi) are not supported")
         # diffusers would drop every value that its own class happened to have as default, edited or not.
         config.pop("_use_default_values", None)
-        if is_flow_config(config):
+        # Here, before diffusers drops the keys that tell them, kinds without training steps are refused.
+        schedule = NoiseSchedule.from_config(config)
+        if schedule.is_flow:
             config.update(
                 prediction_type="sample" if config.get("prediction_type") == "sample" else "flow_prediction",
                 use_flow_sigmas=True,
-                flow_shift=NoiseSchedule.from_config(config).shift,
+                flow_shift=schedule.shift,
             )
         return config
 
@@ -173,6 +192,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         times = np.arange(self.schedule.num_train_timesteps) + self.schedule.t_min
         return torch.from_numpy(self.schedule.alpha(times) ** 2).float()
 
+    @property
+    def betas(self) -> Tensor:
+        """(N,) float32: ``1 - alpha_n^2 / alpha_{n-1}^2`` of the training steps."""
+        times = np.arange(self.schedule.num_train_timesteps) + self.schedule.t_min
+        squared = np.append(1.0, self.schedule.alpha(times) ** 2)
+        return torch.from_numpy(1.0 - squared[1:] / squared[:-1]).float()
+
     # ------------------------------------------------------------ what a subclass decides
 
     def _plan(self, times: Array) -> Plan:
@@ -190,17 +216,20 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def _transform(self, m: Tensor, sample: Tensor) -> Tensor:
         """Applied to the prediction in :attr:`form`, before it is used or kept, where :meth:`_transforms`."""
-        return threshold(m, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        config = self.config
+        return threshold(
+            m, config.dynamic_thresholding_ratio, config.sample_max_value, config.sample_min_value
+        )
 
     def _transforms(self) -> bool:
         return bool(self.config.thresholding)
 
-    def _conversion(self, time: float) -> tuple[Coefficient, Coefficient]:
-        """``(convert_x, convert_o)`` of the network's output at `time` to :attr:`form`."""
+    def _conversion(self, time: float, form: str | None = None) -> tuple[Coefficient, Coefficient]:
+        """``(convert_x, convert_o)`` of the network's output at `time` to `form`, or :attr:`form`."""
         alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(time))
         if self.config.prediction_type == "epsilon":
             alpha = max(alpha, _ALPHA_FLOOR)
-        return coefficients(self.config.prediction_type, self.form, alpha, sigma)
+        return coefficients(self.config.prediction_type, form or self.form, alpha, sigma)
 
     # ------------------------------------------------------------ timesteps
 
@@ -318,12 +347,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _start_at(self, index: int) -> None:
         """Plan the evaluations from `index` on, with empty history."""
         assert self._times is not None
+        self._origin = index
         self._planned = self._plan(self._times[index:])
         self._hooked = self._transforms()
         self._instructions, size = compile_plan(self._planned, scaled=not self._hooked)
         self._bound: tuple[Instruction, ...] | None = None
         self._slots: list[Tensor | None] = [None] * size
-        self._origin = index
 
     @property
     def plan(self) -> Plan:
@@ -420,6 +449,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                     device=sample.device,
                     dtype=working_dtype(sample),
                 )
+        self._step_index = index  # for the hook
         result = execute(
             instruction,
             model_output,
@@ -473,21 +503,22 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return training_target("v_prediction", sample, noise, alpha, sigma).to(sample.dtype)
 
 
-def threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
+def threshold(x0: Tensor, ratio: float, maximum: float, minimum: float = 1.0) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2022): ``clamp(x0, -s, s) / s``, per image.
 
-    s is the `ratio` quantile of ``|x0|``, held between 1 and `maximum`; at `maximum` = 1 (diffusers' default)
-    it is plain clipping, and with infinity it is the published method.
+    s is the `ratio` quantile of ``|x0|``, held between `minimum` and `maximum`. With 1 and infinity it is the
+    published method; with 1 and 1, diffusers' defaults, plain clipping; the published code of DPM-Solver has a
+    free `minimum`, which it calls ``max_val``, and infinity. The result lies in [-1, 1].
     """
+    if minimum == maximum:
+        return x0.clamp(-maximum, maximum) / maximum
     flat = x0.flatten(1)
-    if maximum == 1.0:
-        return x0.clamp(-1.0, 1.0)
     # The interpolated quantile by selection: torch.quantile sorts, and refuses large images.
     magnitude = flat.abs()
     rank = ratio * (flat.shape[1] - 1)
     low = magnitude.kthvalue(int(rank) + 1, dim=1, keepdim=True).values
     high = magnitude.kthvalue(min(int(rank) + 2, flat.shape[1]), dim=1, keepdim=True).values
-    s = torch.lerp(low, high, rank - int(rank)).clamp(1.0, maximum)
+    s = torch.lerp(low, high, rank - int(rank)).clamp(minimum, maximum)
     return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
 
 
