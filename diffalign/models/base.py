@@ -7,10 +7,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
@@ -25,7 +26,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 #: pipeline class -> "module:adapter class"
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.models.sd:SDAdapter",
+    "StableDiffusionXLPipeline": "diffalign.models.sdxl:SDXLAdapter",
+    "StableDiffusion3Pipeline": "diffalign.models.sd3:SD3Adapter",
+    "FluxPipeline": "diffalign.models.flux:FluxAdapter",
 }
+
+EmptyCaption = Literal["as_pipeline", "encode", "zeros"]
 
 
 class ModelAdapter(ABC):
@@ -89,26 +95,79 @@ class ModelAdapter(ABC):
         """Conditions of :meth:`denoise` for each prompt, every tensor ``(len(prompts), ...)``; no
         gradient."""
 
-    @abstractmethod
+    def empty_caption(self, mode: EmptyCaption = "as_pipeline") -> dict[str, Tensor]:
+        """Conditions ``(1, ...)`` of no caption: the encoded empty string, zeros, or whichever of the two the
+        pipeline takes for its unconditional branch."""
+        encoded = self.encode_prompts([""])
+        if mode == "zeros" or (mode == "as_pipeline" and self._zeros_when_empty):
+            return {name: torch.zeros_like(values) for name, values in encoded.items()}
+        return encoded
+
+    @property
+    def _zeros_when_empty(self) -> bool:
+        return False
+
+    def size_conditions(
+        self, original_size: Tensor, crop_top_left: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """What the network is told of an image's size and crop: nothing, for most families.
+
+        Args:
+            original_size, crop_top_left, target: ``(rows, 2)`` pixels, height or top first.
+        """
+        return {}
+
+    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """``{"latents": (B, C, h, w)}`` of ``pixels (B, 3, H, W)`` in [-1, 1], as the denoiser sees them;
         deterministic, no gradient."""
+        vae = self.pipeline.vae
+        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        shift, scale = self._latent_units(mean)
+        return {"latents": (mean - shift) * scale}
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` in [-1, 1] of ``latents``; no gradient."""
+        vae = self.pipeline.vae
+        latents = latents.to(vae.device, vae.dtype)
+        shift, scale = self._latent_units(latents)
+        return vae.decode(latents / scale + shift).sample
+
+    def _latent_units(self, like: Tensor) -> tuple[Any, Any]:
+        """(shift, scale) from the autoencoder's latents to the denoiser's."""
+        config = self.pipeline.vae.config
+        scale = config.scaling_factor
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (
+                torch.tensor(config[name]).view(1, -1, 1, 1).to(like)
+                for name in ("latents_mean", "latents_std")
+            )
+            return mean, scale / std
+        return config.get("shift_factor") or 0.0, scale
 
     @property
-    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the network's first weight: ``module.dtype`` walks all of them, 3 ms each time."""
+        return next(self.module.parameters()).dtype
+
+    @property
     def default_resolution(self) -> int:
         """Side in pixels of the images that this model makes by default."""
+        size = self.module.config.get("sample_size") or self.pipeline.default_sample_size
+        return size * self.pipeline.vae_scale_factor
 
-    @abstractmethod
     def save_lora(self, folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write the LoRA ``state`` (peft names) as ``pytorch_lora_weights.safetensors`` in diffusers'
         format."""
+        name = self.denoiser_name
+        options = {f"{name}_lora_layers": self._file_names(state), f"{name}_lora_adapter_metadata": metadata}
+        self.pipeline.save_lora_weights(folder, **options)
 
-    @abstractmethod
+    def _file_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` with the names that LoRA files of this family have."""
+        return state
+
     def load_lora(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`save_lora` or any diffusers script wrote: state in peft names and the adapter's
         settings (empty where the file has none).
@@ -116,15 +175,29 @@ class ModelAdapter(ABC):
         Raises:
             UserError: there is no such file.
         """
+        if not (folder / LORA_FILE).is_file():
+            raise UserError(f"there is no LoRA at {folder}: it has no {LORA_FILE}")
+        state, *_, metadata = self.pipeline.lora_state_dict(
+            folder, weight_name=LORA_FILE, return_lora_metadata=True, use_safetensors=True
+        )
+        prefix = f"{self.denoiser_name}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        settings = {k.removeprefix(prefix): v for k, v in (metadata or {}).items() if k.startswith(prefix)}
+        return convert_unet_state_dict_to_peft(own), settings
 
     def encoders_to(self, device: torch.device | str) -> None:
         """Move the parts that only encode (text, images) to ``device``."""
-        for name in self.encoder_names:
-            getattr(self.pipeline, name).to(device)
+        for encoder in self._encoders().values():
+            encoder.to(device)
 
     def identity(self) -> dict[str, str]:
         """What cached encodings depend on: a digest of the weights of each encoder."""
-        return {name: _digest(getattr(self.pipeline, name)) for name in self.encoder_names}
+        return {name: _digest(encoder) for name, encoder in self._encoders().items()}
+
+    def _encoders(self) -> dict[str, nn.Module]:
+        """Those that the pipeline has: some may be left out, like the T5 of SD3."""
+        found = {name: getattr(self.pipeline, name) for name in self.encoder_names}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
 
 def _digest(module: nn.Module) -> str:

@@ -5,7 +5,9 @@ A method adds its options and turns log-ratios into a loss (:meth:`PairTrainer.p
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,7 +19,9 @@ from tqdm import tqdm
 
 from diffalign.data import PairDataset, open_pairs
 from diffalign.data.cache import CachedPairs, cached_pairs
+from diffalign.data.transforms import size_of
 from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
+from diffalign.models.base import EmptyCaption
 from diffalign.trainers import draws
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.config import TrainConfig
@@ -33,6 +37,14 @@ class PairConfig(TrainConfig):
     """Options of a method on pairs.
 
     Args:
+        timestep_sampling: how times are drawn: uniform, or logit_normal (Esser et al. 2024). Flow models
+            shift what is drawn as their scheduler does.
+        logit_mean: of logit_normal; above 0 prefers the noisy end.
+        logit_std: of logit_normal.
+        time_ids: what SDXL is told of an image's size and crop: its own (image), or that of an
+            uncropped image at the training resolution (resolution), as the published code does.
+        empty_caption: what a dropped caption becomes: the pipeline's own unconditional input
+            (as_pipeline), the encoded empty string (encode) or zeros.
         weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
         snr_gamma: gamma of weighting snr_gamma.
         columns: which column holds what, where names differ, such as {prompt: text, chosen: good}.
@@ -43,6 +55,11 @@ class PairConfig(TrainConfig):
             but sees no other noise.
     """
 
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    time_ids: Literal["image", "resolution"] = "image"
+    empty_caption: EmptyCaption = "as_pipeline"
     weighting: str = "native"
     snr_gamma: float = 5.0
     columns: dict[str, str] = field(default_factory=dict)
@@ -53,6 +70,7 @@ class PairConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("logit_std", self.logit_std > 0, "above 0")
         self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
         self._need("snr_gamma", self.snr_gamma > 0, "above 0")
         self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
@@ -120,7 +138,9 @@ class PairTrainer(Trainer[P]):
             dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
             progress=config.progress and self.accelerator.is_main_process,
         )
-        self.no_caption = adapter.encode_prompts([""]) if config.proportion_empty_prompts else {}
+        self.no_caption = (
+            adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
+        )
 
     def batch(self, step: int, slots: range) -> PairBatch:
         """The pairs at places ``slots`` of the global batch of ``step``, with noise and times."""
@@ -128,31 +148,21 @@ class PairTrainer(Trainer[P]):
         positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
         rows = draws.rows_at(positions, seed=seed, length=len(self.data))
         if config.random_flip:  # one generator per pair, so that its flip does not depend on its neighbours
-            singles = [
+            found = _stacked(
                 self.data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", step, slot)))
                 for row, slot in zip(rows, slots, strict=True)
-            ]
-            latents, preference = (torch.cat([s[k] for s in singles]) for k in ("latents", "preference"))
-            cond = {k: torch.cat([s["cond"][k] for s in singles]) for k in singles[0]["cond"]}
+            )
         else:
             found = self.data.batch(rows)
-            latents, preference, cond = found["latents"], found["preference"], found["cond"]
-        drawn = [
-            self._draw(step, slot, row, latents.shape[2:]) for slot, row in zip(slots, rows, strict=True)
-        ]
-        return self._assemble(latents, cond, preference, drawn, rows)
+        shape = found["latents"].shape[2:]
+        drawn = [self._draw(step, slot, row, shape) for slot, row in zip(slots, rows, strict=True)]
+        return self._assemble(found, drawn, rows)
 
-    def _assemble(
-        self,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        preference: Tensor,
-        drawn: list[_Draw],
-        rows: list[int],
-    ) -> PairBatch:
-        """``latents (B, 2, C, ...)``, ``cond (B, ...)`` of a draw per pair, as a batch on the device."""
+    def _assemble(self, found: dict[str, Any], drawn: list[_Draw], rows: list[int]) -> PairBatch:
+        """A :meth:`CachedPairs.batch` of B pairs and a draw for each, as a batch on the device."""
         noise = torch.from_numpy(np.stack([d.noise for d in drawn]))
         empty = torch.tensor([d.empty for d in drawn])
+        cond = found["cond"]
         if empty.any():
             cond = {k: torch.where(_like(empty, v), self.no_caption[k].to(v), v) for k, v in cond.items()}
         device = self.accelerator.device
@@ -160,12 +170,21 @@ class PairTrainer(Trainer[P]):
         def both(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True).repeat(2, *[1] * (tensor.ndim - 1))
 
+        def by_row(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+
+        original, corner = found["original_size"], found["crop_top_left"]
+        target = torch.tensor(size_of(self.config.resolution or self.adapter.default_resolution))
+        target = target.expand_as(original)
+        if self.config.time_ids == "resolution":
+            original, corner = target, torch.zeros_like(corner)
+        sizes = self.adapter.size_conditions(by_row(original), by_row(corner), by_row(target))
         return PairBatch(
-            latents=latents.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1),
+            latents=by_row(found["latents"]),
             noise=both(noise),
             t=torch.tensor([d.t for d in drawn]).repeat(2),
-            cond={name: both(values) for name, values in cond.items()},
-            preference=preference.to(device, non_blocking=True),
+            cond={name: both(values) for name, values in cond.items()} | sizes,
+            preference=found["preference"].to(device, non_blocking=True),
             empty=int(empty.sum()),
             rows=rows,
             draws=[d.number for d in drawn],
@@ -184,8 +203,21 @@ class PairTrainer(Trainer[P]):
 
     def _from(self, numbers: np.random.Generator, shape: torch.Size, number: int) -> _Draw:
         empty = numbers.random() < self.config.proportion_empty_prompts
-        t = int(numbers.integers(self.adapter.schedule.num_train_timesteps))
+        t = self._time(numbers)
         return _Draw(numbers.standard_normal(tuple(shape), dtype=np.float32), t, empty, number)
+
+    def _time(self, numbers: np.random.Generator) -> float:
+        """A training step of a discrete schedule; of a flow model any time but 0, shifted."""
+        config, schedule = self.config, self.adapter.schedule
+        if config.timestep_sampling == "uniform" and not schedule.is_flow:
+            return int(numbers.integers(schedule.num_train_timesteps))
+        if config.timestep_sampling == "uniform":
+            fraction = 1.0 - numbers.random()
+        else:
+            fraction = 1.0 / (1.0 + math.exp(-numbers.normal(config.logit_mean, config.logit_std)))
+        if schedule.is_flow:
+            return float(schedule.shifted(fraction))
+        return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
 
     # ---------------------------------------------------------------- likelihood and loss
 
@@ -216,7 +248,7 @@ class PairTrainer(Trainer[P]):
             found = self.data.batch(rows)
             shape = found["latents"].shape[2:]
             fixed = [self._fixed(cell // draws_per_pair, cell % draws_per_pair, shape) for cell in cells]
-            batch = self._assemble(found["latents"], found["cond"], found["preference"], fixed, rows)
+            batch = self._assemble(found, fixed, rows)
             noised = add_noise(
                 self.adapter.schedule, self.adapter.prediction_type, batch.latents, batch.noise, batch.t
             )
@@ -295,9 +327,20 @@ class PairTrainer(Trainer[P]):
 @dataclass(frozen=True)
 class _Draw:
     noise: np.ndarray
-    t: int
+    t: float
     empty: bool
     number: int  # of the fixed draw, -1 for a fresh one
+
+
+def _stacked(batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Batches of one pair each as one batch."""
+    parts = list(batches)
+    return {
+        name: torch.cat([p[name] for p in parts])
+        if isinstance(value, Tensor)
+        else {k: torch.cat([p[name][k] for p in parts]) for k in value}
+        for name, value in parts[0].items()
+    }
 
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:

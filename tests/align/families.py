@@ -1,0 +1,182 @@
+"""Tiny pipelines of every family, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from diffalign.bench.networks import SD_SCHEDULER, _character_tokenizer, tiny_pipeline
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+        **options,
+    )
+
+
+def _clip(kind: type, projection: int = 32) -> Any:
+    tokenizer = _character_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=tokenizer.model_max_length,
+    )
+    return kind(config), tokenizer
+
+
+def _t5() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    letters = {c: i + 3 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz 0123456789")}
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | letters
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = T5Config(
+        vocab_size=len(words),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config), fast
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    clip, tokenizer = _clip(CLIPTextModel)
+    clip_2, tokenizer_2 = _clip(CLIPTextModelWithProjection)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 * 6 + 32,
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=clip,
+        text_encoder_2=clip_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler.from_config(SD_SCHEDULER),
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    clip, tokenizer = _clip(CLIPTextModelWithProjection, 16)
+    clip_2, tokenizer_2 = _clip(CLIPTextModelWithProjection, 16)
+    t5, tokenizer_3 = _t5()
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip,
+        text_encoder_2=clip_2,
+        text_encoder_3=t5,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def flux() -> FluxPipeline:
+    clip, tokenizer = _clip(CLIPTextModel)
+    t5, tokenizer_2 = _t5()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=_vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip,
+        text_encoder_2=t5,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+    )
+    pipe.default_sample_size = 4
+    return pipe
+
+
+BUILDERS = {"sd": tiny_pipeline, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+def build(name: str) -> Any:
+    """The same pipeline every time, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = BUILDERS[name]()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
