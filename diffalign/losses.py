@@ -299,13 +299,14 @@ class Loss:
     reference (if not, no reference is run or loaded); ``options``: the names of its own settings; ``inputs``:
     further tensors (B,) that it is given by name: ``reference_margin`` is ``ell_ref(w) - ell_ref(l)``,
     ``policy_chosen`` the policy's ``ell(w)``, ``preference`` the probability that the chosen image wins,
-    ``gap`` the difference of the images' scores.
+    ``gap`` the difference of the images' scores; ``batchwise``: whether the pairs of a batch see one another.
     """
 
     fn: Callable[..., Tensor]
     reference: bool = True
     options: tuple[str, ...] = ()
     inputs: tuple[LossInput, ...] = ()
+    batchwise: bool = False
 
     def __call__(
         self,
@@ -349,7 +350,7 @@ LOSSES: dict[str, Loss] = {
     "nca_pair": Loss(nca_pair),
     "bco_pair": Loss(bco_pair, options=("offset",)),
     "ddo": Loss(ddo, options=("fake_weight",)),
-    "kto_pair": Loss(kto_pair),
+    "kto_pair": Loss(kto_pair, batchwise=True),
     "seppo": Loss(seppo),
     "apo_zero": Loss(apo_zero),
     "apo_down": Loss(apo_down),
@@ -361,8 +362,8 @@ LOSSES: dict[str, Loss] = {
     "forward_kl": _f_dpo("forward_kl"),
     "js": _f_dpo("js"),
     "alpha_divergence": _f_dpo("alpha", "alpha"),
-    "aot": Loss(aot, options=("label_smoothing",), inputs=("reference_margin",)),
-    "aot_unpaired": Loss(aot_unpaired, options=("label_smoothing",)),
+    "aot": Loss(aot, options=("label_smoothing",), inputs=("reference_margin",), batchwise=True),
+    "aot_unpaired": Loss(aot_unpaired, options=("label_smoothing",), batchwise=True),
     "offset_dpo": Loss(offset_dpo, options=("offset",)),
     "modpo": Loss(modpo, options=("weight",), inputs=("gap",)),
     "simpo": Loss(simpo, reference=False, options=("gamma", "label_smoothing")),

@@ -18,6 +18,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -198,12 +199,8 @@ class Trainer(ABC, Generic[C]):
         for micro in range(config.gradient_accumulation_steps):
             first = (micro * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
             last = micro == config.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.adapter.denoiser):
-                with accelerator.autocast():
-                    losses, sums = self.losses(step, range(first, first + config.train_batch_size))
-                # Data parallel averages gradients over processes, so each divides by its own pairs.
-                accelerator.backward(losses.sum() / own_pairs)
-            sums = torch.cat([losses.detach().sum()[None].float(), sums])
+            # Data parallel averages gradients over processes, so each divides by its own pairs.
+            sums = self.accumulate(step, range(first, first + config.train_batch_size), own_pairs, last=last)
             total = sums if total is None else total + sums
         assert total is not None
         norm = accelerator.clip_grad_norm_(self.weights.trainable, config.max_grad_norm)
@@ -227,6 +224,25 @@ class Trainer(ABC, Generic[C]):
             "learning_rate": rate,
             "step_seconds": time.perf_counter() - started,
         }
+
+    def accumulate(self, step: int, slots: range, own_pairs: int, *, last: bool) -> Tensor:
+        """Add the gradient of the pairs at ``slots``, divided by ``own_pairs``, to that of the step.
+
+        Args:
+            last: whether the processes exchange their gradients after this.
+
+        Returns:
+            Sums over the pairs, ``(1 + K,)``: of the loss, and what :meth:`losses` gives.
+        """
+        with self.exchanged(last):
+            with self.accelerator.autocast():
+                losses, sums = self.losses(step, slots)
+            self.accelerator.backward(losses.sum() / own_pairs)
+        return torch.cat([losses.detach().sum()[None].float(), sums])
+
+    def exchanged(self, last: bool) -> AbstractContextManager[Any]:
+        """Where a backward pass belongs: processes exchange gradients in the last one of a step only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.adapter.denoiser)
 
     data_length: int  # pairs of the data; set by open_data or prepare
 

@@ -58,6 +58,10 @@ class DiffusionDPOConfig(PairConfig):
                 )
         if "gap" in loss.inputs:
             raise UserError(f"loss_type {self.loss_type} needs score gaps, which this trainer does not read")
+        if self.low_memory and loss.batchwise:
+            raise UserError(
+                f"loss_type {self.loss_type} compares the pairs of a batch, which low_memory takes one by one"
+            )
         if self.reference_draws and not loss.reference:
             raise UserError(f"loss_type {self.loss_type} needs no reference, so reference_draws must be 0")
 

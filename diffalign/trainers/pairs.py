@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -53,6 +53,8 @@ class PairConfig(TrainConfig):
         reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
             time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
             but sees no other noise.
+        low_memory: one image at a time, for half the activation memory at little more time; its gradient is
+            the same. On top of it, gradient_checkpointing.
     """
 
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
@@ -66,6 +68,7 @@ class PairConfig(TrainConfig):
     max_bad: float = 0.01
     ties: Literal["drop", "soft", "error"] = "drop"
     reference_draws: int = 0
+    low_memory: bool = False
 
     def check(self) -> None:
         super().check()
@@ -82,7 +85,8 @@ class PairBatch:
 
     ``latents (2B, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2B,)`` in host
     memory; ``cond``: each ``(2B, ...)``; ``preference (B,)``; ``empty``: pairs without their caption;
-    ``rows``: indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one.
+    ``rows``: indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one;
+    ``sides``: which images are there, chosen (0) and rejected (1).
     """
 
     latents: Tensor
@@ -93,6 +97,20 @@ class PairBatch:
     empty: int
     rows: list[int]
     draws: list[int]
+    sides: tuple[int, ...] = (0, 1)
+
+    def row(self, side: int) -> PairBatch:
+        """The chosen (0) or rejected (1) rows alone; what is said of pairs stays."""
+        pairs = len(self.rows)
+        own = slice(side * pairs, (side + 1) * pairs)
+        return replace(
+            self,
+            latents=self.latents[own],
+            noise=self.noise[own],
+            t=self.t[own],
+            cond={name: values[own] for name, values in self.cond.items()},
+            sides=(side,),
+        )
 
 
 class PairTrainer(Trainer[P]):
@@ -263,24 +281,71 @@ class PairTrainer(Trainer[P]):
         """What :func:`diffalign.likelihood.evaluate` is told of the reference."""
         if self._table is None:
             return self.needs_reference
-        return self._table[batch.rows, batch.draws].T.flatten()
+        return self._table[batch.rows, batch.draws].T[list(batch.sides)].flatten()
 
     def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
-        config, adapter = self.config, self.adapter
         batch = self.batch(step, slots)
+        errors = self._errors(batch)
+        losses, logit = self.pair_loss(errors, batch.preference)
+        return losses, self._sums(errors, logit.detach(), batch)
+
+    def _errors(self, batch: PairBatch) -> Errors:
+        config, adapter = self.config, self.adapter
         noised = add_noise(adapter.schedule, adapter.prediction_type, batch.latents, batch.noise, batch.t)
         weight = error_weight(
             config.weighting, adapter.schedule, adapter.prediction_type, batch.t, gamma=config.snr_gamma
         )
-        errors = evaluate(
+        return evaluate(
             adapter.denoise,
             noised,
             batch.cond,
             reference=self._reference_errors(batch),
             weight=None if weight is None else weight.to(noised.x_t.device),
         )
-        losses, logit = self.pair_loss(errors, batch.preference)
-        return losses, self._sums(errors, logit.detach(), batch)
+
+    def accumulate(self, step: int, slots: range, own_pairs: int, *, last: bool) -> Tensor:
+        if not self.config.low_memory:
+            return super().accumulate(step, slots, own_pairs, last=last)
+        sums = [
+            self._accumulate_pair(step, slot, own_pairs, last=last and slot == slots[-1]) for slot in slots
+        ]
+        return torch.stack(sums).sum(0)
+
+    def _accumulate_pair(self, step: int, slot: int, own_pairs: int, *, last: bool) -> Tensor:
+        """:meth:`accumulate` of one pair with one image's graph alive at a time.
+
+        The loss ``L(e_w, e_l)`` couples the images through two numbers only. The gradient of ``e_w`` is taken
+        before they are known and set aside; with ``e_l`` come ``dL/de_w``, by which it is then multiplied,
+        and ``dL/de_l``.
+        """
+        accelerator, parameters = self.accelerator, self.weights.trainable
+        batch = self.batch(step, range(slot, slot + 1))
+        chosen, rejected = (batch.row(side) for side in (0, 1))
+        gathered = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        with self.exchanged(False):
+            with accelerator.autocast():
+                errors_w = self._errors(chosen)
+            accelerator.backward(errors_w.policy.sum())
+        with self.exchanged(last):
+            with accelerator.autocast():
+                errors_l = self._errors(rejected)
+                both = Errors(
+                    torch.cat([errors_w.policy, errors_l.policy]).detach().requires_grad_(),
+                    None
+                    if errors_l.reference is None or errors_w.reference is None
+                    else torch.cat([errors_w.reference, errors_l.reference]),
+                )
+                losses, logit = self.pair_loss(both, batch.preference)
+            slope_w, slope_l = torch.autograd.grad(losses.sum() / own_pairs, both.policy)[0]
+            for p, before in zip(parameters, gathered, strict=True):
+                if p.grad is not None:
+                    p.grad *= slope_w
+                if before is not None:
+                    p.grad = before if p.grad is None else p.grad.add_(before)
+            accelerator.backward(slope_l * errors_l.policy.sum())
+        return torch.cat([losses.detach().float(), self._sums(both, logit.detach(), batch)])
 
     # ---------------------------------------------------------------- metrics
 

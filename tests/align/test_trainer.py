@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffalign.data import PairDataset
 from diffalign.errors import RunFailed, UserError
 from diffalign.likelihood import Errors, add_noise, evaluate
 from diffalign.losses import LOSSES
+from diffalign.models.reference import frozen_copy
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
 
@@ -394,3 +396,92 @@ def test_other_column_names_and_a_damaged_row_are_let_through_on_request(trainer
     assert len(run.pairs) == len(rows)
     with pytest.raises(UserError, match="between 0 and 1"):
         trainer("third", max_bad=2.0)
+
+
+# -------------------------------------------------------------------- one image at a time
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"rank": 4},
+        {"rank": 0, "loss_type": "dpop", "weighting": "v"},
+        {"rank": 0, "loss_type": "mapo", "beta_dpo": 0.1},
+        {"rank": 0, "reference_draws": 2},
+        {"rank": 0, "sft_weight": 0.3},
+    ],
+    ids=str,
+)
+def test_low_memory_gives_the_gradient_of_both_images_together(trainer, options):
+    """In double precision: in single, the margin of two errors is mostly rounding."""
+    gradients = []
+    for low in (False, True):
+        run = trainer(f"run{low}", low_memory=low, max_train_steps=1, learning_rate=0.0, **options)
+        run.train()
+        run.adapter.module.double()
+        parameters = [p for p in run.adapter.module.parameters() if p.requires_grad]
+        run.weights.trainable = parameters
+        if options["rank"] == 0 and run.adapter.reference:
+            run.adapter.reference = frozen_copy(run.adapter.module)
+        for p in parameters:
+            p.data += 0.01 * torch.randn(p.shape, dtype=p.dtype, generator=torch.manual_seed(p.numel()))
+        made = run.batch
+        run.batch = lambda *a, made=made: replace(made(*a), latents=made(*a).latents.double())
+        sums = run.accumulate(0, range(4), 8, last=False) + run.accumulate(0, range(4, 8), 8, last=True)
+        gradients.append([sums, *(p.grad for p in parameters)])
+    (sums, *wanted), (low_sums, *got) = gradients
+    torch.testing.assert_close(low_sums, sums, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9 * float(b.abs().max()))
+    assert max(float(g.abs().max()) for g in wanted) > 0
+
+
+def peak_of_saved_bytes(run):
+    """What autograd keeps at once for one pair, counted as it comes and goes; weights are there anyway."""
+    weights = {p.data_ptr() for p in run.adapter.module.parameters()}
+    alive, peak = 0, 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal alive, peak
+            self.tensor = tensor
+            self.size = 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
+            alive += self.size
+            peak = max(peak, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.tensor):
+        run.accumulate(0, range(1), 1, last=True)
+    return peak
+
+
+def test_low_memory_keeps_half_of_the_activations(trainer):
+    peaks = []
+    for low in (False, True):
+        run = trainer(f"run{low}", low_memory=low, max_train_steps=1, rank=4)
+        run.train()
+        peaks.append(peak_of_saved_bytes(run))
+    assert peaks[1] <= 0.55 * peaks[0]
+
+
+def test_low_memory_trains_and_resumes(trainer, log):
+    run = trainer(low_memory=True, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3)
+    run.train()
+    records = log(run.folder)
+    assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert records[-1]["rewards/margins"] != 0
+    again = trainer(
+        low_memory=True, max_train_steps=4, resume_from_checkpoint=str(run.folder / "checkpoint-2")
+    )
+    again.train()
+    for p, q in zip(run.weights.trainable, again.weights.trainable, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_low_memory_refuses_losses_over_the_batch(trainer):
+    with pytest.raises(UserError, match="low_memory takes one by one"):
+        trainer(low_memory=True, loss_type="aot")
