@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -34,8 +35,8 @@ from diffalign import output
 from diffalign.errors import RunFailed, UserError
 from diffalign.models import LORA_FILE, ModelAdapter, load_adapter
 from diffalign.pipelines.load import resolve_model
-from diffalign.trainers import checkpoint
-from diffalign.trainers.card import write_card
+from diffalign.trainers import checkpoint, validation
+from diffalign.trainers.card import upload, write_card
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
@@ -147,6 +148,7 @@ class Trainer(ABC, Generic[C]):
         self.adapter.encoders_to(accelerator.device)
         with accelerator.main_process_first():
             self.encode()
+        self.pictures = self._pictures()
         self.adapter.encoders_to("cpu")
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -162,6 +164,9 @@ class Trainer(ABC, Generic[C]):
             with self._bar(start) as bar:
                 for step in range(start, config.max_train_steps):
                     metrics = self._optimiser_step(step)
+                    every = config.validation_steps
+                    if every and ((step + 1) % every == 0 or step + 1 == config.max_train_steps):
+                        metrics |= self._validate(step + 1)
                     fired = health.update(metrics)
                     for name, sentence in fired.items():
                         logger.warning("step %d: %s: %s", step + 1, name, sentence)
@@ -246,6 +251,41 @@ class Trainer(ABC, Generic[C]):
 
     data_length: int  # pairs of the data; set by open_data or prepare
 
+    # ---------------------------------------------------------------- validation
+
+    def validate(self) -> dict[str, Any]:
+        """Metrics of held-out data, for methods that hold some out; all processes take part."""
+        return {}
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> dict[str, Any]:
+        with self.accelerator.autocast(), self._averaged():
+            metrics = self.validate()
+            if self.pictures and self.accelerator.is_main_process:
+                images = self.pictures.draw()
+                path = self.folder / "validation" / f"step-{step:06d}.png"
+                validation.save_pictures(images, path)
+                for tracker in self.accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        tracker.log_images(
+                            {"validation": np.stack([np.asarray(i) for i in images])}, step=step
+                        )
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The weights that the run would give away now: their moving average, if there is one."""
+        if not self.ema:
+            yield
+            return
+        self.ema.store(self.weights.trainable)
+        self.ema.copy_to(self.weights.trainable)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.weights.trainable)
+
     # ---------------------------------------------------------------- set-up
 
     def _claim_folder(self) -> None:
@@ -266,6 +306,18 @@ class Trainer(ABC, Generic[C]):
     def _only_a_cache(self) -> bool:
         """Whether the folder holds nothing but encodings, of a run that ended before it began to train."""
         return self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"cache"}
+
+    def _pictures(self) -> validation.Pictures | None:
+        config = self.config
+        if not config.validation_prompts:
+            return None
+        return validation.Pictures(
+            self.adapter,
+            config.validation_prompts,
+            guidance_scale=config.validation_guidance_scale,
+            steps=config.validation_inference_steps,
+            seed=config.seed,
+        )
 
     def _load_model(self) -> ModelAdapter:
         config = self.config
@@ -330,10 +382,18 @@ class Trainer(ABC, Generic[C]):
 
     # ---------------------------------------------------------------- state
 
+    def state(self) -> dict[str, Any]:
+        """What a method keeps between steps beside the weights, as JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+
     def _save_checkpoint(self, step: int) -> None:
         """Processes hold the same state, so the main one writes it; the others wait."""
         if self.accelerator.is_main_process:
             rest: dict[str, Any] = {"step": step, "method": self.method, "options": asdict(self.config)}
+            rest["own"] = self.state()
 
             def fill(folder: Path) -> None:
                 self.weights.save(folder)
@@ -364,6 +424,7 @@ class Trainer(ABC, Generic[C]):
             self.ema.optimization_step = state["ema_step"]
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.load_state(state.get("own", {}))
         return state["step"]
 
     def _warn_of_changes(self, before: dict[str, Any]) -> None:
@@ -391,6 +452,8 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.is_main_process:
             self.weights.export(self.folder)
             write_card(self, metrics, alarms)
+            if self.config.push_to_hub:
+                upload(self.folder, self.config.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.errors import UserError
 from diffalign.output import write_text
 
 if TYPE_CHECKING:
@@ -62,7 +63,34 @@ Metrics of the last step (all steps: `log.jsonl`):
 |---|---|
 {chr(10).join(f"| {name} | {value:.6g} |" for name, value in numbers.items())}
 """
+    pictures = sorted((trainer.folder / "validation").glob("step-*.png"))
+    if pictures:
+        text += f"\n![{', '.join(config.validation_prompts)}](validation/{pictures[-1].name})\n"
     if alarms:
         text += "\nAlarms during training:\n\n" + "".join(f"- {n}: {s}\n" for n, s in alarms.items())
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     write_text(trainer.folder / "README.md", f"{text}\nVersions: {versions}.\n")
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Put the result of a run (not its checkpoints and cache) on the hub.
+
+    Raises:
+        UserError: the hub refused; the result stays in `folder`.
+    """
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        create_repo(repository, exist_ok=True)
+        upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*", "cache/*", "logs/*", ".*"],
+            commit_message="Trained with diffalign",
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the result is in {folder}, but could not be uploaded to {repository}: {cause}"
+        ) from error

@@ -55,6 +55,12 @@ class TrainConfig:
         ema_decay: its decay per step.
         checkpointing_steps: optimiser steps between checkpoints; 0 for none.
         checkpoints_total_limit: keep so many checkpoints, the newest.
+        validation_steps: optimiser steps between validations; 0 for none. One more follows the last step.
+        validation_prompts: what to draw then, always from the same noise, into <output_dir>/validation.
+        validation_guidance_scale: guidance of these pictures; 1 for none.
+        validation_inference_steps: network evaluations per picture.
+        push_to_hub: hub id (owner/name) that the result is uploaded to when the run has ended well; needs a
+            login.
         report_to: trackers of accelerate, such as tensorboard or wandb, comma-separated. log.jsonl is always
             written.
         progress: show progress bars.
@@ -99,6 +105,11 @@ class TrainConfig:
     ema_decay: float = 0.9999
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
+    validation_steps: int = 0
+    validation_prompts: list[str] = field(default_factory=list)
+    validation_guidance_scale: float = 7.5
+    validation_inference_steps: int = 20
+    push_to_hub: str | None = None
     report_to: str = ""
     progress: bool = True
 
@@ -108,9 +119,10 @@ class TrainConfig:
         Raises:
             UserError: names the option, its value and what is allowed.
         """
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
+        counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps")
+        for name in (*counts, "validation_inference_steps"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr_warmup_steps", "rank", "checkpointing_steps", "learning_rate"):
+        for name in ("lr_warmup_steps", "rank", "checkpointing_steps", "learning_rate", "validation_steps"):
             self._need(name, getattr(self, name) >= 0, "0 or more")
         self._need("max_grad_norm", self.max_grad_norm > 0, "above 0")
         for name in ("checkpoints_total_limit", "max_train_samples"):
@@ -125,6 +137,12 @@ class TrainConfig:
             raise UserError("lr_scheduler constant has no warm-up: use constant_with_warmup")
         if self.overwrite and self.resume_from_checkpoint:
             raise UserError("overwrite starts anew and resume_from_checkpoint goes on: give one of the two")
+        if self.validation_prompts and not self.validation_steps:
+            raise UserError("validation_prompts are drawn every validation_steps steps: set it as well")
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise UserError(f"push_to_hub must be a hub id such as owner/name, but is {self.push_to_hub!r}")
+        if self.push_to_hub and "wandb" in self.report_to:
+            raise UserError("push_to_hub and wandb together would publish the run's options with its secrets")
         if self.rank == 0 and (self.init_lora or self.lora_targets):
             raise UserError("rank 0 trains all weights, which leaves nothing for init_lora or lora_targets")
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from diffalign.errors import UserError, suggestion
 from diffalign.likelihood import Errors
-from diffalign.losses import get_loss
+from diffalign.losses import automatic_beta, get_loss
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.pairs import PairConfig, PairTrainer
+
+MARGIN_MEMORY = 0.95  # of the running mean that an automatic beta follows
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,8 @@ class DiffusionDPOConfig(PairConfig):
     Args:
         beta_dpo: how strongly the model is held to its reference, for mean-reduced errors; 500 to 5000. The
             gradient grows with it: learning_rate times beta_dpo is what sets the pace.
+        beta_target: if above 0, beta follows the margins so that the mean gradient factor stays near this,
+            such as 0.2; beta_dpo is where it starts.
         loss_type: a row of diffalign.losses.LOSSES: sigmoid, robust, ipo, hinge, exo_pair, nca_pair,
             apo_zero, sppo, dpop, alpha_dpo, ...; simpo, cpo, alphapo, orpo and mapo need no reference.
         label_smoothing: probability that a label is wrong; for sigmoid, robust, exo_pair, aot and a few
@@ -38,6 +42,7 @@ class DiffusionDPOConfig(PairConfig):
 
     learning_rate: float = 1e-5
     beta_dpo: float = 2000.0
+    beta_target: float = 0.0
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
     loss_options: dict[str, float] = field(default_factory=dict)
@@ -46,6 +51,7 @@ class DiffusionDPOConfig(PairConfig):
     def check(self) -> None:
         super().check()
         self._need("beta_dpo", self.beta_dpo > 0, "above 0")
+        self._need("beta_target", 0 <= self.beta_target < 0.5, "at least 0 and below 0.5")
         self._need("label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5")
         self._need("sft_weight", self.sft_weight >= 0, "0 or more")
         loss = get_loss(self.loss_type)
@@ -81,6 +87,20 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
         self.loss = get_loss(config.loss_type)
         self.needs_reference = self.loss.reference
         self.beta = config.beta_dpo
+        self._margin: float | None = None
+
+    def after_step(self, margin: float) -> None:
+        if self.config.beta_target and margin > 0:
+            before = margin if self._margin is None else self._margin
+            self._margin = MARGIN_MEMORY * before + (1 - MARGIN_MEMORY) * margin
+            self.beta = automatic_beta(self._margin, target=self.config.beta_target)
+
+    def state(self) -> dict[str, Any]:
+        return {"margin": self._margin, "beta": self.beta} if self.config.beta_target else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.config.beta_target and state:
+            self._margin, self.beta = state["margin"], state["beta"]
 
     def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

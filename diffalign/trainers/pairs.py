@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,9 +20,10 @@ from tqdm import tqdm
 from diffalign.data import PairDataset, open_pairs
 from diffalign.data.cache import CachedPairs, cached_pairs
 from diffalign.data.transforms import size_of
+from diffalign.errors import UserError
 from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
 from diffalign.models.base import EmptyCaption
-from diffalign.trainers import draws
+from diffalign.trainers import draws, validation
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.config import TrainConfig
 
@@ -53,6 +54,10 @@ class PairConfig(TrainConfig):
         reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
             time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
             but sees no other noise.
+        validation_dataset: held-out pairs for the validations; accuracy and margin on them, always at the
+            same times and noise, tell more than those of the steps.
+        validation_share: instead, the share of the data's prompts that is held out, 0.05 for example.
+        validation_pairs: at most so many of them.
         low_memory: one image at a time, for half the activation memory at little more time; its gradient is
             the same. On top of it, gradient_checkpointing.
     """
@@ -68,11 +73,20 @@ class PairConfig(TrainConfig):
     max_bad: float = 0.01
     ties: Literal["drop", "soft", "error"] = "drop"
     reference_draws: int = 0
+    validation_dataset: str | None = None
+    validation_share: float = 0.0
+    validation_pairs: int = 64
     low_memory: bool = False
 
     def check(self) -> None:
         super().check()
         self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("validation_share", 0 <= self.validation_share < 1, "at least 0 and below 1")
+        self._need("validation_pairs", self.validation_pairs >= 1, "at least 1")
+        if self.validation_share and self.validation_dataset:
+            raise UserError("give validation_share or validation_dataset, not both")
+        if (self.validation_share or self.validation_dataset) and not self.validation_steps:
+            raise UserError("held-out pairs are judged every validation_steps steps: set it as well")
         self._need("logit_std", self.logit_std > 0, "above 0")
         self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
         self._need("snr_gamma", self.snr_gamma > 0, "above 0")
@@ -132,20 +146,43 @@ class PairTrainer(Trainer[P]):
         if isinstance(source, PairDataset):
             self.pairs = source[: config.max_train_samples] if config.max_train_samples else source
         else:
-            self.pairs = open_pairs(
-                source,
-                split=config.dataset_split,
-                columns=config.columns or None,
-                ties=config.ties,
-                limit=config.max_train_samples,
-                max_bad=config.max_bad,
-            )
+            self.pairs = self._open(source, config.max_train_samples)
+        self.held_out: PairDataset | None = None
+        if config.validation_dataset:
+            self.held_out = self._open(config.validation_dataset, config.validation_pairs)
+        elif config.validation_share:
+            self.pairs, held_out = self.pairs.split_by_prompt(config.validation_share)
+            self.held_out = held_out[: config.validation_pairs]
+            if not len(self.pairs) or not len(self.held_out):
+                raise UserError(
+                    f"validation_share {config.validation_share} leaves {len(self.pairs)} pairs to train on "
+                    f"and {len(self.held_out)} to judge: choose another share"
+                )
         self.data_length = len(self.pairs)
+
+    def _open(self, source: Any, limit: int | None) -> PairDataset:
+        config = self.config
+        return open_pairs(
+            source,
+            split=config.dataset_split,
+            columns=config.columns or None,
+            ties=config.ties,
+            limit=limit,
+            max_bad=config.max_bad,
+        )
 
     def encode(self) -> None:
         config, adapter = self.config, self.adapter
-        self.data: CachedPairs = cached_pairs(
-            self.pairs,
+        self.data = self._encoded(self.pairs)
+        self.validation_data = self._encoded(self.held_out) if self.held_out else None
+        self.no_caption = (
+            adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
+        )
+
+    def _encoded(self, pairs: PairDataset) -> CachedPairs:
+        config, adapter = self.config, self.adapter
+        return cached_pairs(
+            pairs,
             Path(config.cache_dir).expanduser() if config.cache_dir else self.folder / "cache",
             encode_images=adapter.encode_images,
             encode_prompts=adapter.encode_prompts,
@@ -155,9 +192,6 @@ class PairTrainer(Trainer[P]):
             random_flip=config.random_flip,
             dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
             progress=config.progress and self.accelerator.is_main_process,
-        )
-        self.no_caption = (
-            adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
         )
 
     def batch(self, step: int, slots: range) -> PairBatch:
@@ -225,14 +259,17 @@ class PairTrainer(Trainer[P]):
         return _Draw(numbers.standard_normal(tuple(shape), dtype=np.float32), t, empty, number)
 
     def _time(self, numbers: np.random.Generator) -> float:
-        """A training step of a discrete schedule; of a flow model any time but 0, shifted."""
         config, schedule = self.config, self.adapter.schedule
         if config.timestep_sampling == "uniform" and not schedule.is_flow:
             return int(numbers.integers(schedule.num_train_timesteps))
         if config.timestep_sampling == "uniform":
-            fraction = 1.0 - numbers.random()
-        else:
-            fraction = 1.0 / (1.0 + math.exp(-numbers.normal(config.logit_mean, config.logit_std)))
+            return self._time_of(1.0 - numbers.random())
+        return self._time_of(1.0 / (1.0 + math.exp(-numbers.normal(config.logit_mean, config.logit_std))))
+
+    def _time_of(self, fraction: float) -> float:
+        """The time at ``fraction`` of the schedule: a training step if it is discrete; of a flow model any
+        time but 0, shifted."""
+        schedule = self.adapter.schedule
         if schedule.is_flow:
             return float(schedule.shifted(fraction))
         return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
@@ -245,37 +282,78 @@ class PairTrainer(Trainer[P]):
 
     def prepare(self) -> None:
         self._table: Tensor | None = None
+        self._validation_reference: Tensor | None = None
         if not self.needs_reference:
             return
         self.weights.use_as_reference()
+        if self.validation_data is not None:
+            self._validation_reference = self._validation_errors(reference=True)
         if self.config.reference_draws:
-            self._table = self._reference_table()
+            count = self.config.reference_draws
+            self._table = self._fixed_errors(self.data, self._fixed, count, reference=True, label="reference")
             self.adapter.reference = None
 
-    def _reference_table(self) -> Tensor:
-        """Errors of the reference at every fixed draw, ``(pairs, draws, 2)`` float32; processes share the
-        work."""
+    def validate(self) -> dict[str, Any]:
+        if self.validation_data is None:
+            return {}
+        errors = self._validation_errors(reference=False)
+        return validation.summary(errors, self._validation_reference, self.beta)
+
+    def _validation_errors(self, *, reference: bool) -> Tensor:
+        """Weighted errors ``(pairs, times, 2)`` of the validation pairs."""
+        assert self.validation_data is not None
+        config, adapter = self.config, self.adapter
+        count = len(validation.TIMES)
+        errors = self._fixed_errors(
+            self.validation_data, self._validation_draw, count, reference=reference, label="validation"
+        )
+        weight = error_weight(
+            config.weighting,
+            adapter.schedule,
+            adapter.prediction_type,
+            torch.tensor([self._validation_time(k) for k in range(count)]),
+            gamma=config.snr_gamma,
+        )
+        return errors if weight is None else errors * weight.to(errors)[:, None]
+
+    def _validation_draw(self, row: int, number: int, shape: torch.Size) -> _Draw:
+        numbers = draws.generator(self.config.seed, "validation", row, number)
+        noise = numbers.standard_normal(tuple(shape), dtype=np.float32)
+        return _Draw(noise, self._validation_time(number), False, number)
+
+    def _validation_time(self, number: int) -> float:
+        return self._time_of(validation.TIMES[number])
+
+    def _fixed_errors(
+        self,
+        data: CachedPairs,
+        draw: Callable[[int, int, torch.Size], _Draw],
+        count: int,
+        *,
+        reference: bool,
+        label: str,
+    ) -> Tensor:
+        """Unweighted errors of every pair at its ``count`` draws, ``(pairs, count, 2)`` float32; processes
+        share the work."""
         config, accelerator = self.config, self.accelerator
-        draws_per_pair = config.reference_draws
-        table = torch.zeros(len(self.data) * draws_per_pair, 2, device=accelerator.device)
+        table = torch.zeros(len(data) * count, 2, device=accelerator.device)
         own = range(accelerator.process_index, len(table), accelerator.num_processes)
         hidden = not (config.progress and accelerator.is_main_process)
-        for first in tqdm(range(0, len(own), config.train_batch_size), "reference", disable=hidden):
+        for first in tqdm(range(0, len(own), config.train_batch_size), label, disable=hidden, leave=False):
             cells = list(own[first : first + config.train_batch_size])
-            rows = [cell // draws_per_pair for cell in cells]
-            found = self.data.batch(rows)
+            rows = [cell // count for cell in cells]
+            found = data.batch(rows)
             shape = found["latents"].shape[2:]
-            fixed = [self._fixed(cell // draws_per_pair, cell % draws_per_pair, shape) for cell in cells]
-            batch = self._assemble(found, fixed, rows)
+            batch = self._assemble(found, [draw(cell // count, cell % count, shape) for cell in cells], rows)
             noised = add_noise(
                 self.adapter.schedule, self.adapter.prediction_type, batch.latents, batch.noise, batch.t
             )
             with torch.no_grad(), accelerator.autocast():
-                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond, reference=True)
+                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond, reference=reference)
             table[cells] = denoising_error(prediction, noised.target).reshape(2, -1).T.float()
         if accelerator.num_processes > 1:
             table = accelerator.reduce(table, "sum")
-        return table.reshape(len(self.data), draws_per_pair, 2)
+        return table.reshape(len(data), count, 2)
 
     def _reference_errors(self, batch: PairBatch) -> bool | Tensor:
         """What :func:`diffalign.likelihood.evaluate` is told of the reference."""
@@ -349,6 +427,9 @@ class PairTrainer(Trainer[P]):
 
     # ---------------------------------------------------------------- metrics
 
+    def after_step(self, margin: float) -> None:
+        """Called once per step, in all processes alike, with the mean of ``|d_chosen - d_rejected|``."""
+
     def _sums(self, errors: Errors, logit: Tensor, batch: PairBatch) -> Tensor:
         """What :meth:`summarise` reads, in its order; stays on the device."""
         policy = errors.policy.detach()
@@ -357,7 +438,9 @@ class PairTrainer(Trainer[P]):
         rewards = -0.5 * self.beta * (sides[:2] - sides[2:])
         margin = rewards[0] - rewards[1]
         won = (margin > 0).float() + 0.5 * (margin == 0)
-        scalars = torch.stack([*rewards, margin, margin.square(), won, torch.sigmoid(-logit), *sides])
+        scalars = torch.stack(
+            [*rewards, margin, margin.square(), margin.abs(), won, torch.sigmoid(-logit), *sides]
+        )
         steps = self.adapter.schedule.num_train_timesteps
         bins = (batch.t[: len(logit)] * TIME_BINS / steps).long().clamp(0, TIME_BINS - 1)
         in_bin = torch.nn.functional.one_hot(bins, TIME_BINS).to(sides)
@@ -366,11 +449,13 @@ class PairTrainer(Trainer[P]):
         return torch.cat([scalars.sum(1), in_bin.sum(0), by_time, empty])
 
     def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
-        means = [value / pairs for value in sums[:10]]
-        chosen, rejected, margin, square, won, factor = means[:6]
+        means = [value / pairs for value in sums[:11]]
+        chosen, rejected, margin, square, size, won, factor = means[:7]
+        beta = self.beta
+        self.after_step(size / beta)
         shown = SIDES if self.needs_reference else SIDES[:2]
-        counts = sums[10 : 10 + TIME_BINS]
-        binned = np.array(sums[10 + TIME_BINS : -1]).reshape(len(SIDES), TIME_BINS)
+        counts = sums[11 : 11 + TIME_BINS]
+        binned = np.array(sums[11 + TIME_BINS : -1]).reshape(len(SIDES), TIME_BINS)
         by_time = {
             side: [s / n if n else None for s, n in zip(row, counts, strict=True)]
             for side, row in zip(shown, binned.tolist(), strict=False)
@@ -382,7 +467,8 @@ class PairTrainer(Trainer[P]):
             "rewards/margins_std": max(square - margin * margin, 0.0) ** 0.5,
             "rewards/accuracies": won,
             "gradient_factor": factor,
-            **{f"errors/{side}": value for side, value in zip(shown, means[6:], strict=False)},
+            "beta": beta,
+            **{f"errors/{side}": value for side, value in zip(shown, means[7:], strict=False)},
             "errors_by_time": by_time,
             "empty_captions": sums[-1] / pairs,
             "skipped_rows": len(self.pairs.skipped),

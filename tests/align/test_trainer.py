@@ -485,3 +485,28 @@ def test_low_memory_trains_and_resumes(trainer, log):
 def test_low_memory_refuses_losses_over_the_batch(trainer):
     with pytest.raises(UserError, match="low_memory takes one by one"):
         trainer(low_memory=True, loss_type="aot")
+
+
+# -------------------------------------------------------------------- automatic beta
+
+
+def test_an_automatic_beta_holds_the_gradient_factor_and_resumes(trainer, log):
+    options = {
+        "beta_target": 0.3,
+        "max_train_steps": 40,
+        "checkpointing_steps": 20,
+        "train_batch_size": 16,
+        "rank": 0,
+    }
+    run = trainer(**options)
+    run.train()
+    records = log(run.folder)
+    assert records[0]["beta"] == records[1]["beta"] == 2000.0  # a policy at its reference has no margin yet
+    assert len({r["beta"] for r in records[2:]}) == 38
+    # The target is met at the running size of the margins.
+    assert run.beta * run._margin == pytest.approx(math.log(1 / 0.3 - 1), rel=1e-6)
+    again = trainer(**options, resume_from_checkpoint=str(run.folder / "checkpoint-20"))
+    again.train()
+    assert again.beta == run.beta
+    for p, q in zip(run.weights.trainable, again.weights.trainable, strict=True):
+        assert torch.equal(p, q)
