@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from diffalign.solvers.dc_solver import DCSolverScheduler
     from diffalign.solvers.ddim import DDIMScheduler
     from diffalign.solvers.dpm_solver import DPMSolverScheduler
     from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from diffalign.solvers.pndm import PNDMScheduler
     from diffalign.solvers.sampling import sample
     from diffalign.solvers.scheduler import PlanScheduler
+    from diffalign.solvers.time_shift import TimeShiftScheduler
     from diffalign.solvers.unipc import UniPCScheduler
 
 _SCHEDULERS = {
+    "dc-solver": ("dc_solver", "DCSolverScheduler"),
     "ddim": ("ddim", "DDIMScheduler"),
     "dpm-solver": ("dpm_solver", "DPMSolverScheduler"),
     "dpm-solver++": ("dpm_solver_pp", "DPMSolverPPScheduler"),
     "pndm": ("pndm", "PNDMScheduler"),
     "unipc": ("unipc", "UniPCScheduler"),
+    "time-shift": ("time_shift", "TimeShiftScheduler"),
 }
 _OTHERS = {
     "GaussianMixture": "mixture",
@@ -82,6 +86,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SOLVERS",
+    "DCSolverScheduler",
     "DDIMScheduler",
     "DPMSolverPPScheduler",
     "DPMSolverScheduler",
@@ -89,6 +94,7 @@ __all__ = [
     "NoiseSchedule",
     "PNDMScheduler",
     "PlanScheduler",
+    "TimeShiftScheduler",
     "UniPCScheduler",
     "sample",
 ]

@@ -148,12 +148,14 @@ class PNDMScheduler(PlanScheduler):
         asked: list[float] = []
         for k, (time, end) in enumerate(itertools.pairwise(times)):
             asked.append(time)
-            evaluations = dict(enumerate(self._planned_starts, first)).get(k, 1)
-            if evaluations == 4:
-                asked += [self._middle(time, end)] * 2
-            if evaluations > 1:
-                asked.append(end)
+            asked += self._stage_times(dict(enumerate(self._planned_starts, first)).get(k, 1), time, end)
         return np.append(asked, times[-1])
+
+    def _stage_times(self, evaluations: int, time: float, end: float) -> list[float]:
+        """Where a step of so many evaluations asks after its first."""
+        if evaluations == 4:
+            return [self._middle(time, end)] * 2 + [end]
+        return [end] * (evaluations - 1)
 
     def _middle(self, time: float, end: float) -> float:
         """Halfway between two times in the variable of the weights, in the network's float32."""
