@@ -101,8 +101,8 @@ class NoiseSchedule:
         """
         if _is_edm(config):
             raise UserError(
-                "this scheduler config is of the EDM kind (sigma_data), which has no alpha and sigma of "
-                "training steps; pass a DDPM-like or flow-matching scheduler config"
+                "this scheduler config is of the EDM kind (sigma_data, sigma_max or continuous timesteps), "
+                "which has no alpha and sigma of training steps; pass a DDPM-like or flow-matching one"
             )
         count = int(config.get("num_train_timesteps", 1000))
         if count < 1:
@@ -384,4 +384,9 @@ def is_flow_config(config: Mapping[str, Any]) -> bool:
 
 
 def _is_edm(config: Mapping[str, Any]) -> bool:
-    return "sigma_data" in config or str(config.get("_class_name", "")).startswith("EDM")
+    return (
+        "sigma_data" in config
+        or config.get("timestep_type") == "continuous"
+        or (config.get("sigma_max") is not None and "beta_start" not in config)
+        or str(config.get("_class_name", "")).startswith("EDM")
+    )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError, suggestion
 from diffalign.solvers import grids
-from diffalign.solvers.noise import NoiseSchedule, is_flow_config
+from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
 
@@ -507,8 +507,8 @@ def threshold(x0: Tensor, ratio: float, maximum: float, minimum: float = 1.0) ->
     """Dynamic thresholding (Saharia et al. 2022): ``clamp(x0, -s, s) / s``, per image.
 
     s is the `ratio` quantile of ``|x0|``, held between `minimum` and `maximum`. With 1 and infinity it is the
-    published method; with 1 and 1, diffusers' defaults, plain clipping; the published code of DPM-Solver has a
-    free `minimum`, which it calls ``max_val``, and infinity. The result lies in [-1, 1].
+    published method; with 1 and 1, diffusers' defaults, plain clipping; the published code of DPM-Solver has
+    a free `minimum`, which it calls ``max_val``, and infinity. The result lies in [-1, 1].
     """
     if minimum == maximum:
         return x0.clamp(-maximum, maximum) / maximum
