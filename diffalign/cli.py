@@ -50,6 +50,24 @@ COMMANDS: dict[str, Command] = {
         "Diffusion-DPO on preference pairs, LoRA or full",
         "diffalign train diffusion-dpo --config configs/train/diffusion_dpo_playground.yaml --beta_dpo 2000",
     ),
+    "calibrate dc": Command(
+        "diffalign.calibrate.dc:CalibrateDCConfig",
+        "diffalign.calibrate.dc:run",
+        "find DC-Solver's compensation ratios for a pipeline",
+        "diffalign calibrate dc --model playground/sd --num_inference_steps 5 8 --guidance_scale 5",
+    ),
+    "train mapo": Command(
+        "diffalign.trainers.mapo:MaPOConfig",
+        "diffalign.trainers.mapo:run",
+        "MaPO on preference pairs: no reference model",
+        "diffalign train mapo --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
+    "train sft": Command(
+        "diffalign.trainers.sft:SFTConfig",
+        "diffalign.trainers.sft:run",
+        "fine-tuning on the chosen images of preference pairs, the baseline",
+        "diffalign train sft --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
     "data check": Command(
         "diffalign.data.check:CheckConfig",
         "diffalign.data.check:run",

@@ -1,0 +1,1 @@
+"""Samplers tuned to a model: what is measured or searched once and then kept beside the model."""
