@@ -266,10 +266,14 @@ def mapo(
     Takes ``ell = -e / 2`` like every loss here. The published expression cancels for small errors (a wrong
     sign for near pairs, NaN at 0); this one does not.
     """
-    e_w, e_l = -2.0 * chosen, -2.0 * rejected
-    return sft_weight * e_w - beta * logsigmoid(
-        steps * (_phi_minus_one(snr * e_w) - _phi_minus_one(snr * e_l))
-    )
+    logit = mapo_logit(chosen, rejected, snr=snr, steps=steps)
+    return -2.0 * sft_weight * chosen - beta * logsigmoid(logit)
+
+
+def mapo_logit(chosen: Tensor, rejected: Tensor, *, snr: float, steps: float) -> Tensor:
+    """``T (phi(snr e_w) - phi(snr e_l))``, about ``T snr (ell_w - ell_l)`` for small errors."""
+    w, l = (_phi_minus_one(-2.0 * snr * ell) for ell in (chosen, rejected))  # noqa: E741
+    return steps * (w - l)
 
 
 # B_2k / (2k)!, k = 1..6: x / (e^x - 1) = 1 - x/2 + sum_k of it x^2k.

@@ -352,7 +352,7 @@ def test_sample_writes_images_grid_and_settings(tiny_folder, tmp_path, capsys):
     ("args", "parts"),
     [
         (["--prompts", "a", "--model", "./nowhere"], ["no model at './nowhere'"]),
-        (["--prompts", "a", "--solver", "dpm-solver"], ["unknown solver 'dpm-solver'", "'dpm-solver++'"]),
+        (["--prompts", "a", "--solver", "dpm-solver+"], ["unknown solver 'dpm-solver+'", "'dpm-solver++'"]),
         (["--prompts", "a", "--solver", "EulerDiscretScheduler"], ["did you mean 'EulerDiscreteScheduler'?"]),
         (["--prompts", "a", "--solver", "ddim", "--solver_options.etta", "1"], ["no option 'etta'", "'eta'"]),
         (["--prompts", "a", "--lora", "/nowhere"], ["no LoRA at '/nowhere'"]),

@@ -7,5 +7,14 @@ DiffusionDPOTrainer(config, model=pipeline_or_path, dataset="my_pairs/").train()
 """
 
 from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from diffalign.trainers.mapo import MaPOConfig, MaPOTrainer
+from diffalign.trainers.sft import SFTConfig, SFTTrainer
 
-__all__ = ["DiffusionDPOConfig", "DiffusionDPOTrainer"]
+__all__ = [
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "MaPOConfig",
+    "MaPOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+]
