@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffalign.solvers.ddim import DDIMScheduler
     from diffalign.solvers.dpm_solver import DPMSolverScheduler
     from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
+    from diffalign.solvers.integration import integrate
     from diffalign.solvers.mixture import GaussianMixture
     from diffalign.solvers.noise import NoiseSchedule
     from diffalign.solvers.pndm import PNDMScheduler
@@ -37,6 +38,7 @@ _OTHERS = {
     "GaussianMixture": "mixture",
     "NoiseSchedule": "noise",
     "PlanScheduler": "scheduler",
+    "integrate": "integration",
     "sample": "sampling",
 }
 _LAZY = {**_OTHERS, **{name: module for module, name in _SCHEDULERS.values()}}
@@ -96,5 +98,6 @@ __all__ = [
     "PlanScheduler",
     "TimeShiftScheduler",
     "UniPCScheduler",
+    "integrate",
     "sample",
 ]
