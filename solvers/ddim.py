@@ -88,13 +88,15 @@ class DDIMScheduler(PlanScheduler):
         timestep: float | Tensor,
         sample: Tensor,
         eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor]:
         """As :meth:`PlanScheduler.step`; ``eta`` other than None or 0 replaces the config's for the run.
 
-        With ``return_dict`` the output also has ``pred_original_sample``.
+        With ``return_dict`` the output also has ``pred_original_sample``. ``use_clipped_model_output``, which
+        ``DDIMPipeline`` passes, changes nothing: eps always goes with the x0 that is used.
         """
         wanted = float(eta or self.config.eta)
         if wanted != self._eta:

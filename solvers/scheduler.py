@@ -248,7 +248,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             device: of ``timesteps``.
             timesteps: custom times, decreasing, fractional ones included, used as they are.
             sigmas: custom noise levels in diffusers' unit (sigma/alpha; sigma for flow); a last 0 is the end.
-            mu: resolution-dependent shift of a flow model's grid, and of `sigmas` where both are given.
+            mu: resolution-dependent shift of a flow model's grid, and of `sigmas` where both are given. As in
+                diffusers, whose Flux pipeline passes it in any case, it counts with ``use_dynamic_shifting``.
 
         Raises:
             UserError: unless exactly one of the three says how many steps there are, and for bad values.
@@ -260,7 +261,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise UserError("set_timesteps needs num_inference_steps, timesteps or sigmas")
         if mu is not None and not self.schedule.is_flow:
             raise UserError("mu shifts the grid of a flow model, but this is not a flow schedule")
-        shift = None if mu is None else self._shift_of_mu(mu)
+        shift = self._shift_of_mu(mu) if mu is not None and self.config.use_dynamic_shifting else None
         if timesteps is not None:
             times = grids.custom_times(self.schedule, _host(timesteps), final=self._final())
         elif sigmas is not None:
@@ -496,6 +497,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self._levels(timesteps, original_samples)
         noisy = alpha * original_samples + sigma * noise
         return noisy.to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """:meth:`add_noise` by the name and in the argument order of diffusers' flow pipelines."""
+        return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The ``v_prediction`` target for clean `sample`; shapes as in :meth:`add_noise`."""

@@ -13,6 +13,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -94,14 +94,17 @@ def test_flow_configs_are_taken_over(cls, capfd):
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours = cls.from_config(theirs.config)
     assert "not expected" not in capfd.readouterr().err
+    ours.set_timesteps(4, mu=math.log(2.0))  # of no meaning without dynamic shifting, yet pipelines pass it
+    np.testing.assert_allclose(ours.sigmas, [1, 0.9, 0.75, 0.5, 0], atol=1e-6)
     assert ours.schedule.is_flow
     assert ours.config.prediction_type == "flow_prediction"
     ours.set_timesteps(4)
     np.testing.assert_allclose(ours.sigmas, [1, 0.9, 0.75, 0.5, 0], atol=1e-6)
     np.testing.assert_allclose(ours.timesteps, [1000, 900, 750, 500], atol=1e-3)
     assert torch.isfinite(run(ours, torch.randn(1, 4, 4, 4))).all()
-    ours.set_timesteps(4, mu=math.log(2.0))
-    np.testing.assert_allclose(ours.sigmas, [1, 6 / 7, 2 / 3, 0.4, 0], atol=1e-6)
+    dynamic = cls.from_config(theirs.config, use_dynamic_shifting=True)
+    dynamic.set_timesteps(4, mu=math.log(2.0))
+    np.testing.assert_allclose(dynamic.sigmas, [1, 6 / 7, 2 / 3, 0.4, 0], atol=1e-6)
     # What is passed is what runs, unless a shift is passed with it.
     ours.set_timesteps(sigmas=[1.0, 0.6, 0.2])
     np.testing.assert_allclose(ours.sigmas, [1, 0.6, 0.2, 0], atol=1e-6)
