@@ -35,7 +35,7 @@ from diffalign import output
 from diffalign.errors import RunFailed, UserError
 from diffalign.models import LORA_FILE, ModelAdapter, load_adapter
 from diffalign.pipelines.load import resolve_model
-from diffalign.trainers import checkpoint, validation
+from diffalign.trainers import checkpoint, curves, validation
 from diffalign.trainers.card import upload, write_card
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
@@ -179,6 +179,8 @@ class Trainer(ABC, Generic[C]):
                     every = config.checkpointing_steps
                     if every and (step + 1) % every == 0:
                         self._save_checkpoint(step + 1)
+                        if accelerator.is_main_process:
+                            curves.draw_log(self.folder)
         finally:
             if log:
                 log.close()
@@ -451,6 +453,7 @@ class Trainer(ABC, Generic[C]):
             self.ema.copy_to(self.weights.trainable)
         if self.accelerator.is_main_process:
             self.weights.export(self.folder)
+            curves.draw_log(self.folder)
             write_card(self, metrics, alarms)
             if self.config.push_to_hub:
                 upload(self.folder, self.config.push_to_hub)

@@ -63,6 +63,8 @@ Metrics of the last step (all steps: `log.jsonl`):
 |---|---|
 {chr(10).join(f"| {name} | {value:.6g} |" for name, value in numbers.items())}
 """
+    if (trainer.folder / "curves.png").exists():
+        text += "\n![Curves of the run](curves.png)\n"
     pictures = sorted((trainer.folder / "validation").glob("step-*.png"))
     if pictures:
         text += f"\n![{', '.join(config.validation_prompts)}](validation/{pictures[-1].name})\n"

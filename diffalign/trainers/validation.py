@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.report import save_png, tile
 from diffalign.solvers import sample
 from diffalign.trainers import draws
 
@@ -108,11 +110,7 @@ class Pictures:
         return network
 
 
-def save_pictures(images: Sequence[Any], path: Path) -> Path:
+def save_pictures(images: Sequence[Any], path: Path) -> None:
     """The images side by side in one PNG."""
-    from diffusers.utils import make_image_grid
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.png")
-    make_image_grid(list(images), rows=1, cols=len(images)).save(part)
-    return part.replace(path)
+    save_png(path, tile(np.stack([np.asarray(image.convert("RGB")) for image in images]), len(images)))
