@@ -32,6 +32,7 @@ How the published methods are rows:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Coefficient = float | NDArray[np.float64]
+
+# Elements per thread that stay in its cache over the passes of a row.
+_BLOCK = 1 << 17
+# A tensor of so many elements is worked off in blocks on the CPU.
+_LARGE = 2 * _BLOCK
+
+# Bound coefficients (numbers or tensors) and what they multiply.
+Terms = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Instruction:
         past: (slot, weight) of everything read from earlier evaluations.
         keep_x, keep_m, keep_z: slot that keeps the tensor for later rows, or None.
         draws: whether ``z_e`` is drawn.
+        arrays: whether a coefficient is one, so that :func:`bind` has something to do.
     """
 
     convert: tuple[Coefficient | Tensor, Coefficient | Tensor]
@@ -121,6 +131,7 @@ class Instruction:
     keep_z: int | None
     draws: bool
     bias: NDArray[np.float64] | Tensor | None
+    arrays: bool = False
 
 
 def _scale(convert: tuple[Coefficient, Coefficient]) -> float:
@@ -129,6 +140,11 @@ def _scale(convert: tuple[Coefficient, Coefficient]) -> float:
     if not isinstance(c_x, float) or not isinstance(c_o, float):
         return 1.0
     return c_x if abs(c_x) > abs(c_o) else c_o
+
+
+def _plain(c: Coefficient) -> Coefficient:
+    """Python's float, which torch takes fastest, unless it is an array."""
+    return c if isinstance(c, np.ndarray) and c.ndim else float(c)
 
 
 def compile_plan(plan: Plan, *, scaled: bool = True) -> tuple[tuple[Instruction, ...], int]:
@@ -155,23 +171,29 @@ def compile_plan(plan: Plan, *, scaled: bool = True) -> tuple[tuple[Instruction,
                 keep[family] = slot_of[family, e] = slot
                 size = max(size, slot + 1)
         a_x, a_m = row.x.get(e, 0.0), row.m.get(e, 0.0)
+        c_x, c_o = row.convert
+        convert = _plain(c_x / scales[e]), _plain(c_o / scales[e])
+        here = _plain(a_x), _plain(a_m * scales[e]), _plain(row.z.get(e, 0.0))
+        past = tuple(
+            (slot_of[family, j], _plain(c * scales[j] if family == "m" else c))
+            for family, terms in (("x", row.x), ("m", row.m), ("z", row.z))
+            for j, c in sorted(terms.items())
+            if j != e
+        )
+        numbers = (*convert, *here, *(c for _, c in past))
         instructions.append(
             Instruction(
-                convert=(row.convert[0] / scales[e], row.convert[1] / scales[e]),
-                output_first=scaled and scales[e] is row.convert[1],
-                direct=(a_x + a_m * row.convert[0], a_m * row.convert[1]),
-                here=(a_x, a_m * scales[e], row.z.get(e, 0.0)),
-                past=tuple(
-                    (slot_of[family, j], c * scales[j] if family == "m" else c)
-                    for family, terms in (("x", row.x), ("m", row.m), ("z", row.z))
-                    for j, c in sorted(terms.items())
-                    if j != e
-                ),
+                convert=convert,
+                output_first=scaled and scales[e] is c_o,
+                direct=(_plain(a_x + a_m * c_x), _plain(a_m * c_o)),
+                here=here,
+                past=past,
                 keep_x=keep["x"],
                 keep_m=keep["m"],
                 keep_z=keep["z"],
                 draws=("z", e) in last_use,
                 bias=row.bias,
+                arrays=row.bias is not None or any(isinstance(c, np.ndarray) for c in numbers),
             )
         )
     return tuple(instructions), size
@@ -187,7 +209,7 @@ def bind(instructions: Sequence[Instruction], like: Tensor) -> tuple[Instruction
     def tensor(c: Any) -> Any:
         if isinstance(c, np.ndarray) and c.ndim:
             return torch.as_tensor(c, dtype=dtype, device=like.device)
-        return c if c is None or isinstance(c, Tensor) else float(c)
+        return c
 
     return tuple(
         replace(
@@ -198,13 +220,18 @@ def bind(instructions: Sequence[Instruction], like: Tensor) -> tuple[Instruction
             past=tuple((slot, tensor(c)) for slot, c in i.past),
             bias=tensor(i.bias),
         )
+        if i.arrays
+        else i
         for i in instructions
     )
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def linear(
@@ -261,30 +288,84 @@ def execute(
     """
     i = instruction
     dtype = working_dtype(sample, output)
-    terms: list[Any]
-    if i.keep_m is None and transform is None:
-        terms = [(i.direct[0], sample), (i.direct[1], output)]
-    else:
-        out = None if i.keep_m is None else slots[i.keep_m]
-        if out is not None and out.requires_grad:
-            out = None
-        pair: list[Any] = [(i.convert[0], sample), (i.convert[1], output)]
-        m = linear(pair[::-1] if i.output_first else pair, dtype, out)
-        if transform is not None:
-            m = transform(m, sample)
-        if i.keep_m is not None:
-            slots[i.keep_m] = m
-        terms = [(i.here[0], sample), (i.here[1], m)]
-    for slot, c in i.past:
-        terms.append((c, slots[slot]))
+    known: Terms = [(c, slots[slot]) for slot, c in i.past]
     if noise is not None:
-        terms.append((i.here[2], noise))
-    result = linear(terms, dtype)
-    if i.bias is not None:
-        result = result + i.bias  # type: ignore[assignment]
+        known.append((i.here[2], noise))
+    kept = None if i.keep_m is None else slots[i.keep_m]
+    if kept is not None and kept.requires_grad:
+        kept = None
+    if sample.numel() >= _LARGE and transform is None and _fits_blocks(i, sample, output, known):
+        result, m = _in_blocks(i, output, sample, known, dtype, kept)
+    else:
+        result, m = _row(i, output, sample, known, dtype, kept, transform)
+    if i.keep_m is not None:
+        slots[i.keep_m] = m
     # Copies: a slot is written to later, and the caller's tensors are the caller's.
     if i.keep_x is not None:
         slots[i.keep_x] = sample.clone()
     if i.keep_z is not None and noise is not None:
         slots[i.keep_z] = noise.clone()
     return result if result.dtype == sample.dtype else result.to(sample.dtype)
+
+
+def _row(
+    i: Instruction,
+    output: Tensor,
+    sample: Tensor,
+    known: Terms,
+    dtype: torch.dtype,
+    kept: Tensor | None,
+    transform: Callable[[Tensor, Tensor], Tensor] | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The next sample in `dtype`, in `out` where given, and ``m_e`` if needed, in `kept` where given.
+
+    `known` are the terms that earlier evaluations and noise contribute.
+    """
+    if i.keep_m is None and transform is None:
+        m = None
+        here: Terms = [(i.direct[0], sample), (i.direct[1], output)]
+    else:
+        pair: Terms = [(i.convert[0], sample), (i.convert[1], output)]
+        m = linear(pair[::-1] if i.output_first else pair, dtype, kept)
+        if transform is not None:
+            m = transform(m, sample)
+        here = [(i.here[0], sample), (i.here[1], m)]
+    result = linear(here + known, dtype, out)
+    if i.bias is not None:
+        result = result + i.bias  # type: ignore[assignment]
+    return result, m
+
+
+def _fits_blocks(i: Instruction, sample: Tensor, output: Tensor, known: Terms) -> bool:
+    """Whether a row may be worked off in blocks: plain numbers, and plain tensors on the CPU."""
+    return (
+        sample.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not i.arrays
+        and isinstance(i.direct[0], float)
+        and all(t.is_contiguous() for t in (sample, output, *(t for _, t in known)))
+    )
+
+
+def _in_blocks(
+    i: Instruction, output: Tensor, sample: Tensor, known: Terms, dtype: torch.dtype, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_row`, block by block: each tensor comes from memory once, not once a pass."""
+
+    def blocks(t: Tensor) -> tuple[Tensor, ...]:
+        return t.view(-1).split(_BLOCK * torch.get_num_threads())
+
+    result = torch.empty_like(sample)
+    m = kept
+    if i.keep_m is not None and kept is None:
+        m = torch.empty_like(sample, dtype=dtype)
+    coefficients = [c for c, _ in known]
+    pieces = zip(*(blocks(t) for t in (result, output, sample, *(t for _, t in known))), strict=True)
+    parts = itertools.repeat(None) if m is None else blocks(m)
+    for part, (r, o, x, *past) in zip(parts, pieces, strict=False):
+        terms = list(zip(coefficients, past, strict=True))
+        made, _ = _row(i, o, x, terms, dtype, part, out=r if r.dtype == dtype else None)
+        if made is not r:
+            r.copy_(made)
+    return result, m

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffalign.solvers import DPMSolverPPScheduler
+from diffalign.solvers import DDIMScheduler, DPMSolverPPScheduler
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Plan, Row, bind, compile_plan, execute
 
@@ -128,3 +128,26 @@ def test_history_in_float32_around_half_precision():
     x = torch.randn(1, 2, 3).half()
     scheduler.step(x, scheduler.timesteps[0], x)
     assert [s.dtype for s in scheduler._slots if s is not None] == [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "make", [lambda: DPMSolverPPScheduler(solver_order=3), lambda: DDIMScheduler(eta=1.0)]
+)
+def test_large_tensors_in_blocks_give_the_same_numbers(make, dtype):
+    """Block by block, the last one short, or all at once (with gradients on): not a bit differs."""
+    x, output, z = torch.randn(3, 1, 2**18 + 77).to(dtype)
+    results = []
+    for gradients in (False, True):
+        scheduler = make()
+        scheduler.set_timesteps(5)
+        y = x
+        with torch.set_grad_enabled(gradients):
+            for t in scheduler.timesteps:
+                before = y.clone()
+                made = scheduler.step(output, t, y, variance_noise=z, return_dict=False)[0]
+                assert torch.equal(y, before)
+                y = made
+        results.append(y)
+    assert results[0].dtype == dtype
+    assert torch.equal(*results)
