@@ -18,6 +18,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def with_curves():
+    """For tests that want ``curves.png``."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing takes a third of a second at the end of each of a hundred small runs."""
+    if "with_curves" not in request.fixturenames:
+        monkeypatch.setattr("diffalign.trainers.curves.draw_log", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Latents 4 x 4 x 4, one attention block: a step takes some 20 ms."""

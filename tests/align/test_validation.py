@@ -186,7 +186,7 @@ def test_a_share_is_of_prompts_on_disk_too(trainer, pairs, tmp_path, log):
     assert run.held_out is not None
 
 
-def test_curves_are_drawn_with_and_without_held_out_pairs(trainer, tmp_path):
+def test_curves_are_drawn_with_and_without_held_out_pairs(trainer, tmp_path, with_curves):
     run = trainer(validation_share=0.3, validation_steps=2, max_train_steps=6)
     run.train()
     with Image.open(run.folder / "curves.png") as picture:
