@@ -1,0 +1,128 @@
+"""``diffalign calibrate dc`` on a tiny pipeline, and the network it searches with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffalign import cli
+from diffalign.bench.networks import tiny_pipeline
+from diffalign.calibrate.guided import guided_model, starting_noise
+from diffalign.models import load_adapter
+from diffalign.pipelines.generate import generate
+from diffalign.solvers import DCSolverScheduler, UniPCScheduler, sample
+from diffalign.solvers.dc_search import DCRatios, search_dc_ratios
+from diffalign.solvers.dc_solver import cascade_ratios
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+def calibrate(folder, out, *more):
+    base = ["calibrate", "dc", "--model", folder, "--output_dir", str(out), "--device", "cpu"]
+    return cli.main([*base, "--samples", "4", "--reference_steps", "20", "--evaluations", "3", *more])
+
+
+def test_ratios_are_found_stored_and_loaded(folder, tmp_path, capsys):
+    out = tmp_path / "dc"
+    options = ["--prompts", "a", "b", "--num_inference_steps", "4", "5", "--grid", "time_uniform"]
+    assert calibrate(folder, out, *options, "--guidance_scale", "3", "--solver_order", "3") == 0
+    shown = capsys.readouterr().out
+    assert "held-out loss" in shown
+    assert 'subfolder="scheduler"' in shown
+    record = json.loads((out / "calibration.json").read_text())
+    scheduler = DCSolverScheduler.from_pretrained(out, subfolder="scheduler")
+    assert (scheduler.config.solver_order, scheduler.config.grid) == (3, "time_uniform")
+    assert scheduler.config.guidance_scale == 3.0
+    for n, result in zip((4, 5), record["results"], strict=True):
+        assert result["num_inference_steps"] == n
+        assert result["held_out_after"] <= result["held_out_before"]
+        scheduler.set_timesteps(n)
+        assert scheduler.ratios == result["ratios"]
+    assert calibrate(folder, out, *options, "--guidance_scale", "3") == 2  # in use
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_polynomial_through_three_scales_and_a_whole_pipeline(folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "dc"
+    options = ["--prompts", "a", "--num_inference_steps", "3", "4", "5", "--guidance_scale", "1", "2", "4"]
+    assert calibrate(folder, out, *options, "--save_pipeline", "--predictor", "ddim") == 0
+    record = json.loads((out / "calibration.json").read_text())
+    assert len(record["results"]) == 9
+    scheduler = StableDiffusionPipeline.from_pretrained(out).scheduler
+    assert type(scheduler) is DCSolverScheduler
+    scheduler.set_timesteps(6, guidance_scale=3.0)
+    cascade = record["cascade"]
+    expected = cascade_ratios(cascade["coefficients"], 6, 3.0, last=cascade["last"], hull=cascade["hull"])
+    assert scheduler.ratios == pytest.approx(expected)
+    assert cascade["hull"] == [3.0, 5.0, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_search_sees_what_the_pipeline_runs(folder, scale):
+    """Same prompts, seeds and scheduler: the pipeline's latents, whatever the batch."""
+    pipe = tiny_pipeline()
+    adapter = load_adapter(pipe)
+    prompts, seeds = ["a", "b", "c"], [5, 6, 7]
+    scheduler = UniPCScheduler.from_config(pipe.scheduler.config)
+    model = guided_model(adapter, prompts, guidance_scale=scale, batch_size=2)
+    with torch.no_grad():
+        ours = sample(model, starting_noise(adapter, seeds), scheduler, num_inference_steps=4)
+    theirs = generate(pipe, prompts, seeds, steps=4, guidance=scale, scheduler=scheduler).latents
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
+    """What the search calls better brings the pipeline nearer to its converged image."""
+    pipe = tiny_pipeline()
+    adapter = load_adapter(pipe)
+    scheduler = DCSolverScheduler.from_config(pipe.scheduler.config, grid="time_uniform")
+    model = guided_model(adapter, ["a"] * 4, guidance_scale=2.0)
+    found: DCRatios = search_dc_ratios(
+        model, scheduler, starting_noise(adapter, range(4)), num_inference_steps=5, reference_steps=60
+    )
+    compensated = DCSolverScheduler.from_config(scheduler.config, dc_ratios=found.ratios)
+    exact = UniPCScheduler.from_config(pipe.scheduler.config, solver_order=3, grid="logsnr")
+    drawn = {
+        name: generate(pipe, ["a"] * 4, range(4), steps=n, guidance=2.0, scheduler=s).latents
+        for name, s, n in (("exact", exact, 60), ("dc", compensated, 5), ("plain", scheduler, 5))
+    }
+    losses = {
+        name: float((drawn[name] - drawn["exact"])[2:].double().square().mean()) for name in ("dc", "plain")
+    }
+    assert losses["plain"] == pytest.approx(found.held_out_before, rel=0.05)
+    assert losses["dc"] == pytest.approx(found.held_out_after, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--num_inference_steps", "2"], "must be above --dc_order 2"),
+        (["--num_inference_steps", "5", "5"], "different numbers"),
+        (["--guidance_scale", "1", "2"], "give at least 3 of --guidance_scale"),
+        (["--guidance_scale", "0.5"], "--guidance_scale must be 1 or more"),
+        (["--samples", "1"], "--samples must be at least 2"),
+        (["--reference_steps", "12"], "is no yardstick for 10 steps"),
+        (["--solver_order", "9"], "solver_order must be 1, 2, 3 or 4"),
+        (["--grid", "karas"], "did you mean 'karras'"),
+        (["--predictor", "euler"], "--predictor takes one of unipc"),
+        (["--model", "./nowhere"], "no model at './nowhere'"),
+    ],
+)
+def test_bad_input_is_refused(folder, tmp_path, capsys, args, part):
+    base = ["--prompts", "a", "--num_inference_steps", "5", "10"]
+    assert calibrate(folder, tmp_path / "out", *base, *args) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_models_other_than_the_playgrounds_need_prompts(folder, tmp_path, capsys):
+    assert calibrate(folder, tmp_path / "out") == 2
+    assert "no prompts" in capsys.readouterr().err
