@@ -12,11 +12,12 @@ from diffalign.bench.networks import SD_SCHEDULER, UNETS, tiny_pipeline
 from diffalign.bench.samplers import compare_on_mixture, compare_samplers, parse_spec, relative_errors
 from diffalign.bench.samplers_report import SamplersConfig, _command
 from diffalign.bench.samplers_report import run as run_samplers
-from diffalign.bench.step import StepConfig, compare_steps, count_syncs
+from diffalign.bench.step import PAIRS, StepConfig, compare_steps, count_syncs, traffic
 from diffalign.bench.step import run as run_step
 from diffalign.bench.train import METHODS, BenchTrainConfig, count, make_case, measure
 from diffalign.bench.train import run as run_train
 from diffalign.errors import UserError
+from diffalign.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +207,39 @@ def test_the_command_of_a_report_repeats_it():
 
 def test_step_rows(tmp_path):
     rows = run_step(
-        StepConfig(output_dir=str(tmp_path), shapes=["1x4x8x8"], steps=4, repeats=3, device="cpu")
+        StepConfig(output_dir=str(tmp_path), shapes=["1x4x8x8"], steps=13, repeats=3, device="cpu")
     )
     assert {row["solver"] for row in rows} >= {"ddim", "dpm-solver++ 2", "dpm-solver++ 3"}
     for row in rows:
         assert row["ours_us"] > 0
         assert row["ratio"] == pytest.approx(row["theirs_us"] / row["ours_us"])
         assert 0 < row["ratio_25"] <= row["ratio_75"]
+        assert row["over_limit"] == pytest.approx(row["ours_us"] / row["limit_us"])
+        assert row["graph"] is None
     assert json.loads((tmp_path / "step.json").read_text())["rows"] == rows
 
 
 def test_our_step_never_waits_for_the_device():
-    rows = compare_steps([(1, 4, 8, 8)], steps=6, repeats=1, device=torch.device("cpu"), dtype=torch.float32)
+    rows = compare_steps([(1, 4, 8, 8)], steps=13, repeats=1, device=torch.device("cpu"), dtype=torch.float32)
     assert [row["ours_syncs"] for row in rows] == [0] * len(rows)
     assert max(row["theirs_syncs"] for row in rows) > 0  # the counter does count
+
+
+def test_all_solvers_are_measured():
+    measured = {pair.solver for pair in PAIRS}
+    assert measured >= set(SOLVERS) - {"time-shift"}  # which runs one of the others
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2), (torch.float64, 8)])
+def test_traffic_counts_each_tensor_once(dtype, size):
+    like = torch.zeros(10, dtype=dtype)
+    kept = max(size, 4)
+    ddim, second = SOLVERS["ddim"](), SOLVERS["dpm-solver++"](solver_order=2)
+    for scheduler in (ddim, second):
+        scheduler.set_timesteps(20)
+    assert traffic(ddim.plan, like) == 30 * size  # sample, output, next sample
+    # One prediction kept by 18 steps and read by 18: the step to the clean image is of first order.
+    assert traffic(second.plan, like) == 30 * size + 10 * kept * 36 / 20
 
 
 def test_syncs_are_counted():
@@ -230,6 +250,11 @@ def test_syncs_are_counted():
         yield x.nonzero(), x + 1
 
     assert count_syncs(ready, torch.device("cpu")) == 3
+
+
+def test_too_few_steps_for_a_runge_kutta_start_are_refused():
+    with pytest.raises(UserError, match="--steps must be at least 13"):
+        StepConfig(steps=12)
 
 
 @pytest.mark.parametrize("shape", ["4", "1x4x", "axb", "0x4"])
@@ -245,6 +270,7 @@ def test_our_step_never_waits_for_the_gpu():
         [(1, 4, 64, 64)], steps=20, repeats=2, device=torch.device("cuda"), dtype=torch.float16
     )
     assert [row["ours_syncs"] for row in rows] == [0] * len(rows)
+    assert all(row["graph"] for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------- train

@@ -18,14 +18,66 @@ from typing import Any, Literal
 from diffalign.errors import UserError
 from diffalign.output import prepare
 
-# (solver of ours, its options, diffusers class, its options): same order, same number of evaluations.
-PAIRS: tuple[tuple[str, dict[str, Any], str, dict[str, Any]], ...] = (
-    ("ddim", {}, "DDIMScheduler", {}),
-    ("dpm-solver++", {"solver_order": 2}, "DPMSolverMultistepScheduler", {"solver_order": 2}),
-    ("dpm-solver++", {"solver_order": 3}, "DPMSolverMultistepScheduler", {"solver_order": 3}),
-    ("unipc", {"solver_order": 2}, "UniPCMultistepScheduler", {"solver_order": 2}),
-    ("unipc", {"solver_order": 3}, "UniPCMultistepScheduler", {"solver_order": 3}),
-    ("pndm", {}, "PNDMScheduler", {}),
+
+@dataclass(frozen=True)
+class Pair:
+    """A solver of ours and the diffusers class of the same order; at its own step count both ask as often.
+
+    Attributes:
+        solver, options: of ours.
+        against, their_options: of diffusers.
+        extra: evaluations that the diffusers class adds to the number of steps that it is given.
+    """
+
+    solver: str
+    options: dict[str, Any]
+    against: str
+    their_options: dict[str, Any]
+    extra: int = 0
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.solver, *(str(v) for v in self.options.values() if not isinstance(v, bool))])
+
+
+_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+_UNIPC = "UniPCMultistepScheduler"
+
+PAIRS: tuple[Pair, ...] = (
+    Pair("ddim", {}, "DDIMScheduler", {}),
+    Pair("dpm-solver++", {"solver_order": 2}, _MULTISTEP, {"solver_order": 2}),
+    Pair("dpm-solver++", {"solver_order": 3}, _MULTISTEP, {"solver_order": 3}),
+    Pair(
+        "dpm-solver++",
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+        _MULTISTEP,
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    Pair(
+        "dpm-solver",
+        {"solver_order": 2},
+        _MULTISTEP,
+        {"solver_order": 2, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    Pair(
+        "dpm-solver++",
+        {"solver_order": 2, "solver_method": "singlestep"},
+        _SINGLESTEP,
+        {"solver_order": 2, "lower_order_final": True},
+    ),
+    Pair(
+        "dpm-solver++",
+        {"solver_order": 3, "solver_method": "singlestep"},
+        _SINGLESTEP,
+        {"solver_order": 3, "lower_order_final": True},
+    ),
+    Pair("unipc", {"solver_order": 2}, _UNIPC, {"solver_order": 2}),
+    Pair("unipc", {"solver_order": 3}, _UNIPC, {"solver_order": 3}),
+    # DC-Solver is UniPC with interpolated outputs, v3 a predictor and corrector of the same order.
+    Pair("dc-solver", {"solver_order": 3, "last_step_ratio": 1.8}, _UNIPC, {"solver_order": 3}),
+    Pair("dpm-solver-v3", {"solver_order": 3}, _UNIPC, {"solver_order": 3}),
+    Pair("pndm", {"variant": "plms-heun"}, "PNDMScheduler", {"skip_prk_steps": True}, extra=1),
+    Pair("pndm", {"variant": "f-pndm"}, "PNDMScheduler", {"skip_prk_steps": False}, extra=9),
 )
 
 
@@ -40,7 +92,7 @@ class StepConfig:
         device: auto, cpu, cuda
         dtype: of the latents
         shapes: of the latents, such as 1x4x64x64 (SD 1.5), 2x4x128x128 (SDXL), 1x16x21x60x104 (video)
-        steps: of one sampling loop
+        steps: network evaluations of one sampling loop, 13 or more
         repeats: loops of each scheduler; the fastest run of each step counts
         threads: of torch on the CPU; more than one makes small tensors slower, not faster
         overwrite: write into a folder that is not empty
@@ -59,9 +111,9 @@ class StepConfig:
         for shape in self.shapes:
             if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
                 raise UserError(f"--shapes takes sizes such as 1x4x64x64, not {shape!r}")
-        for name in ("steps", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("steps", 13), ("repeats", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def run(config: StepConfig) -> list[dict[str, Any]]:
@@ -96,45 +148,103 @@ def compare_steps(
 
     Returns:
         Rows with ``ours_us`` and ``theirs_us`` (microseconds a step, fastest runs), ``ratio`` (theirs by
-        ours), ``ratio_25`` and ``ratio_75`` (quartiles of the ratio of neighbouring loops), ``adds`` (ours in
-        units of one out-of-place addition of two such latents) and the host synchronisations of one loop.
+        ours), ``ratio_25`` and ``ratio_75`` (quartiles of the ratio of neighbouring loops), ``limit_us``
+        (what moving the bytes of :func:`traffic` takes at the speed of an addition of two latents),
+        ``over_limit`` (ours by that), the host synchronisations of one loop, and ``graph``: whether our loop
+        runs as one CUDA graph (None where there is no CUDA).
     """
     import torch
     from tqdm.auto import tqdm
 
     from diffalign.solvers import SOLVERS
 
-    pairs = [pair for pair in PAIRS if pair[0] in SOLVERS]
+    pairs = [pair for pair in PAIRS if pair.solver in SOLVERS]
     rows = []
     for shape in shapes:
         generator = torch.Generator().manual_seed(0)
         noise, output = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-        for name, options, theirs, their_options in tqdm(pairs, desc="x".join(map(str, shape)), leave=False):
+        for pair in tqdm(pairs, desc="x".join(map(str, shape)), leave=False):
+            ours = _build(pair.solver, pair.options)
             loops = [
-                _loop(_build(name, options), noise, output, steps),
-                _loop(_build(theirs, their_options), noise, output, steps),
+                _loop(ours, noise, output, steps),
+                _loop(_build(pair.against, pair.their_options), noise, output, steps - pair.extra),
                 _add_loop(noise, output, steps),
             ]
             times = _interleave(loops, repeats, device) / steps * 1e6  # (repeats, 3, pieces)
             whole = times.sum(dim=2)
             low, high = (whole[:, 1] / whole[:, 0]).quantile(torch.tensor([0.25, 0.75]).double()).tolist()
             ours_us, theirs_us, add_us = times.min(dim=0).values.sum(dim=1).tolist()
+            limit_us = add_us * traffic(ours.plan, noise) / (3 * noise.nbytes)
             rows.append(
                 {
-                    "solver": f"{name} {options.get('solver_order', '')}".strip(),
-                    "against": theirs,
+                    "solver": pair.name,
+                    "against": pair.against,
                     "latents": "x".join(map(str, shape)),
                     "ours_us": ours_us,
                     "theirs_us": theirs_us,
                     "ratio": theirs_us / ours_us,
                     "ratio_25": low,
                     "ratio_75": high,
-                    "adds": ours_us / add_us,
+                    "limit_us": limit_us,
+                    "over_limit": ours_us / limit_us,
                     "ours_syncs": count_syncs(loops[0], device),
                     "theirs_syncs": count_syncs(loops[1], device),
+                    "graph": runs_as_graph(ours, noise, output, steps),
                 }
             )
     return rows
+
+
+def traffic(plan: Any, like: Any) -> float:
+    """Bytes that a step must move, on average over a plan: each tensor that it reads or writes, once.
+
+    That is sample, output, what earlier evaluations left and the noise to read, the next sample and what is
+    kept to write. Samples and outputs are like `like`; what is kept has the arithmetic's precision.
+    """
+    from diffalign.solvers.plan import compile_plan, working_dtype
+
+    kept_bytes = like.numel() * working_dtype(like).itemsize
+    instructions, _ = compile_plan(plan)
+    total = 0
+    for i in instructions:
+        kept = sum(slot is not None for slot in (i.keep_x, i.keep_m, i.keep_z))
+        total += 3 * like.nbytes + (len(i.past) + kept + i.draws) * kept_bytes
+    return total / len(instructions)
+
+
+def runs_as_graph(scheduler: Any, noise: Any, output: Any, steps: int) -> bool | None:
+    """Whether a whole loop can be captured in a CUDA graph, which then gives what the loop gives.
+
+    For solvers that draw noise only the capture is checked. None without CUDA.
+    """
+    import torch
+
+    if noise.device.type != "cuda":
+        return None
+
+    def whole(x: Any) -> Any:
+        for t in scheduler.timesteps:
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+    with torch.no_grad():
+        scheduler.set_timesteps(steps, device=noise.device)
+        other = noise.flip(0) * 0.5
+        expected = whole(other)
+        x = noise.clone()
+        scheduler.set_timesteps(steps, device=noise.device)
+        torch.cuda.synchronize(noise.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                result = whole(x)
+        except RuntimeError:  # the capture met an operation that waits for the device
+            torch.cuda.synchronize(noise.device)
+            return False
+        x.copy_(other)
+        graph.replay()
+        draws = any(row.z for row in scheduler.plan.rows)
+        return draws or bool(torch.equal(result, expected))
 
 
 def _build(name: str, options: dict[str, Any]) -> Any:
@@ -164,9 +274,11 @@ def _loop(scheduler: Any, noise: Any, output: Any, steps: int) -> Loop:
 def _add_loop(noise: Any, output: Any, steps: int) -> Loop:
     import torch
 
+    out = torch.empty_like(noise)
+
     def run_() -> Iterator[None]:
         for _ in range(steps):
-            torch.add(noise, output)
+            torch.add(noise, output, out=out)
             yield
 
     return run_
