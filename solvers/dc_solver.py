@@ -79,7 +79,7 @@ class DCSolverScheduler(PlanScheduler):
         solver_type: str = "bh2",
         lower_order_final: bool = True,
         use_corrector: bool = True,
-        disable_corrector: list[int] = [],  # noqa: B006  only read, and [] is what diffusers understands
+        disable_corrector: list[int] = [0, 1],  # noqa: B006  only read; diffusers needs a list
         dc_order: int = 2,
         dc_ratios: list[float] | dict[str, list[float]] | None = None,
         last_step_ratio: float | None = None,
@@ -112,7 +112,7 @@ class DCSolverScheduler(PlanScheduler):
 
     @classmethod
     def _translated(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return translated(super()._translated(config))
+        return super()._translated(translated(config))
 
     def set_timesteps(
         self,

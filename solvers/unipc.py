@@ -59,8 +59,9 @@ class UniPCScheduler(PlanScheduler):
         vary_coeff: solve for single nodes as well, which ``solver_type`` then has no say in.
         lower_order_final: lower the order of the last steps.
         use_corrector: False for the predictor alone.
-        disable_corrector: indices of steps whose result is not corrected; ``[0]`` helps at large guidance
-            scales.
+        disable_corrector: indices of steps whose result is not corrected. Correcting the first two makes few
+            guided steps diverge, and gains little: on the mixture of the benchmarks at 5 steps the error is
+            0.08 without, and with it 0.88 at guidance 7.5, 0.08 unguided.
         final_sigmas_type: end at the clean image (``zero``; the last step is then exact at first order) or at
             the first training step (``sigma_min``).
         grid: where the network is asked (:data:`diffalign.solvers.grids.GRIDS`); ``auto`` unless you compare
@@ -78,7 +79,7 @@ class UniPCScheduler(PlanScheduler):
         vary_coeff: bool = False,
         lower_order_final: bool = True,
         use_corrector: bool = True,
-        disable_corrector: list[int] = [],  # noqa: B006  only read, and [] is what diffusers understands
+        disable_corrector: list[int] = [0, 1],  # noqa: B006  only read; diffusers needs a list
         final_sigmas_type: str = "zero",
         **shared: Any,
     ) -> None:
@@ -98,7 +99,7 @@ class UniPCScheduler(PlanScheduler):
 
     @classmethod
     def _translated(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return translated(super()._translated(config))
+        return super()._translated(translated(config))
 
     def _plan(self, times: Array) -> Plan:
         config = self.config
@@ -137,6 +138,10 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
         config["solver_type"] = _SOLVER_TYPES.get(config["solver_type"], config["solver_type"])
     if isinstance(config.get("solver_order"), int):
         config["solver_order"] = min(config["solver_order"], 4)
+    defaults = config.get("_use_default_values", ())
+    theirs = config.get("_class_name") == "UniPCMultistepScheduler" or "disable_corrector" in defaults
+    if theirs and not config.get("disable_corrector"):
+        config.pop("disable_corrector", None)  # diffusers' default, which nobody chose
     if config.pop("solver_p", None) is not None:
         logger.warning("solver_p is left out: the predictor is UniPC's own")
     return config

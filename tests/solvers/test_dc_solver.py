@@ -49,6 +49,7 @@ def setting(case, batch):
         solver_type=case["variant"],
         dc_order=case["dc_order"],
         last_step_ratio=1.0,
+        disable_corrector=[],
         final_sigmas_type="sigma_min",
         grid="time_uniform",
     )
