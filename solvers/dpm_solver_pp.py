@@ -32,7 +32,8 @@ class DPMSolverPPScheduler(DPMScheduler):
             papers' Taylor type). At third order singlestep ``midpoint`` reads the last stage alone, ``heun``
             both.
         third_order: of multistep, ``taylor``, which is of third order, or ``published``, whose D2 is half as
-            large: the published code has it, and diffusers too, and is of second order.
+            large: the published code has it, and diffusers too, and is of second order. (Either begins with
+            one step of first and one of second order, whose error shows from some 100 steps on.)
         lower_order_final: lower the order of the last steps: multistep when there are fewer than 15; of a
             singlestep third-order run of 3 k evaluations the last step becomes one of order 2 and one of
             order 1 (the published ``singlestep``; False is its ``singlestep_fixed``).

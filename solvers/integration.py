@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,9 +233,15 @@ class Network:
                 "max_evaluations"
             )
         self.calls += 1
-        t = torch.tensor(times, dtype=working_dtype(x), device=x.device)
-        output = self.model_fn(x.to(self.dtype), t if self.per_image else t[0])[:, : x.shape[1]]
-        alpha, sigma = self.schedule.alpha_sigma(times if self.per_image else times[0])
+        t: Tensor
+        alpha: Any
+        sigma: Any
+        if self.per_image:
+            t, alpha, sigma = (_on(x, v) for v in (times, *self.schedule.alpha_sigma(times)))
+        else:
+            t = torch.full((), times[0], dtype=x.dtype, device=x.device)
+            alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(times[0]))
+        output = self.model_fn(x.to(self.dtype), t)[:, : x.shape[1]]
         return convert(output.to(x.dtype), x, alpha, sigma, source=self.prediction_type, to=form)
 
 
@@ -246,14 +253,18 @@ def _leave_noise(network: Network, x: Tensor, start: float, clocks: int) -> tupl
     return _combined([update(points, Equation("sample"), [0], 1, "taylor")], [x], [data]), end
 
 
+def _on(like: Tensor, values: Any) -> Tensor:
+    """Host numbers in the dtype and on the device of `like`, without waiting for the device."""
+    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def _combined(updates: Sequence[Update], x: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
     """The samples at the end of `updates`, one for the batch or one per image."""
 
     def weight(values: list[float]) -> float | Tensor:
         if len(values) == 1:
             return values[0]
-        like = x[0]
-        return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+        return _on(x[0], values).reshape(-1, *[1] * (x[0].ndim - 1))
 
     first = updates[0]
     terms = [(weight([u.x[j] for u in updates]), x[j]) for j in first.x]
@@ -321,7 +332,7 @@ def _adaptive(
         if all(good):
             x, x_before, prediction = high, low, None
         elif any(good):
-            mask = torch.tensor(good, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+            mask = _on(x, good).bool().reshape(-1, *[1] * (x.ndim - 1))
             x, x_before = torch.where(mask, high, x), torch.where(mask, low, x_before)
             prediction = None
     return x, accepted, rejected
