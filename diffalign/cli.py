@@ -74,6 +74,36 @@ COMMANDS: dict[str, Command] = {
         "read a whole preference set and report every bad row",
         "diffalign data check --dataset my_pairs/",
     ),
+    "data stats": Command(
+        "diffalign.data.stats:StatsConfig",
+        "diffalign.data.stats:run",
+        "sizes, score gaps, caption lengths, repeated prompts and generators of a preference set",
+        "diffalign data stats --dataset my_pairs/ --html stats.html",
+    ),
+    "data convert": Command(
+        "diffalign.data.convert:ConvertConfig",
+        "diffalign.data.convert:run",
+        "write a preference set as folder, parquet or tar",
+        "diffalign data convert --dataset hf://owner/name --output_dir my_pairs --format tar",
+    ),
+    "data score": Command(
+        "diffalign.score:ScoreConfig",
+        "diffalign.score:run",
+        "score both images of every pair with a reward model",
+        "diffalign data score --dataset my_pairs/ --output_dir scored --reward playground/scorer",
+    ),
+    "data caption": Command(
+        "diffalign.data.caption:CaptionConfig",
+        "diffalign.data.caption:run",
+        "describe both images of every pair with a captioning model",
+        "diffalign data caption --dataset my_pairs/ --output_dir captioned --captioner blip/",
+    ),
+    "data synth": Command(
+        "diffalign.playground.synth:SynthConfig",
+        "diffalign.playground.synth:run",
+        "render playground pairs with the columns of Pick-a-Pic, ties and damage included if asked for",
+        "diffalign data synth --output_dir outputs/synth --pairs 200 --ties 0.1",
+    ),
     "playground pairs": Command(
         "diffalign.playground.pairs:PairsConfig",
         "diffalign.playground.pairs:run",

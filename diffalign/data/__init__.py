@@ -2,14 +2,28 @@
 
     from diffalign.data import open_pairs
 
-    pairs = open_pairs("my_pairs/")  # folder + pairs.jsonl, JSONL, parquet, datasets, Pick-a-Pic columns
+    pairs = open_pairs("my_pairs/")  # folder + pairs.jsonl, JSONL, parquet, tar, datasets, Pick-a-Pic columns
     pairs[0].prompt, pairs[0].chosen, pairs[0].rejected
+    images = open_images("good_pictures/")  # single images, with or without labels
 
 Importing this needs Pillow only; torch comes with :mod:`diffalign.data.cache` and
 :mod:`diffalign.data.transforms`.
 """
 
-from diffalign.data.pairs import BadRow, Pair, PairDataset, open_pairs
+from diffalign.data.examples import BadRow
+from diffalign.data.pairs import Pair, PairDataset, open_pairs
+from diffalign.data.rows import Selection
+from diffalign.data.unpaired import ImageDataset, LabelledImage, open_images
 from diffalign.data.write import write_pairs
 
-__all__ = ["BadRow", "Pair", "PairDataset", "open_pairs", "write_pairs"]
+__all__ = [
+    "BadRow",
+    "ImageDataset",
+    "LabelledImage",
+    "Pair",
+    "PairDataset",
+    "Selection",
+    "open_images",
+    "open_pairs",
+    "write_pairs",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from diffalign.data.pairs import NO_VERDICT, BadRow, PairDataset, open_pairs
+from diffalign.data.examples import BadRow, is_damage
+from diffalign.data.pairs import PairDataset, open_pairs
 from diffalign.errors import UserError
 from diffalign.output import write_json
 
@@ -19,10 +20,12 @@ class CheckConfig:
     """Read every row of a preference set, decode every image, and report what can't be used.
 
     Attributes:
-        dataset: folder with pairs.jsonl, .jsonl or .parquet file, folder saved by datasets, or hf://owner/name.
+        dataset: folder with pairs.jsonl, parquet or tar shards, or saved by datasets; a .jsonl, .json,
+            .parquet or .tar file; or hf://owner/name.
         split: which split, where the set has several.
         columns: other column names, by role: {prompt: text, chosen: winner, rejected: loser}.
         resolution: count the images with a side below this many pixels; training would enlarge them.
+        against: another set, as for dataset, that must share no prompt with this one.
         max_bad: share of damaged rows above which the set counts as unusable (exit code 2).
         show: how many of the bad rows to print; the JSON report has them all.
         report: write all findings to this JSON file.
@@ -32,6 +35,7 @@ class CheckConfig:
     split: str | None = None
     columns: dict[str, str] | None = None
     resolution: int | None = None
+    against: str | None = None
     max_bad: float = 0.01
     show: int = 20
     report: str | None = None
@@ -56,6 +60,7 @@ class Findings:
         unequal_sizes: pairs whose images differ in size; a preference may be for sharpness.
         below_resolution: images with a side below the resolution asked for; None if none was.
         shortest_side: shortest side of any usable image, in pixels.
+        leaked: prompts that the set given as `against` holds as well, but for case and spaces.
     """
 
     source: str
@@ -72,6 +77,7 @@ class Findings:
     unequal_sizes: int
     below_resolution: int | None
     shortest_side: int
+    leaked: list[str] = field(default_factory=list)
 
     @property
     def damaged_share(self) -> float:
@@ -103,7 +109,7 @@ def check(dataset: PairDataset, *, resolution: int | None = None, progress: bool
         counts["below"] += sum(side < (resolution or 0) for side in sides)
         shortest = min([*sides, shortest or sides[0]])
     left_out = dataset.skipped
-    ties = sum(bad.reason in NO_VERDICT for bad in left_out)
+    ties = sum(not is_damage(bad) for bad in left_out)
     return Findings(
         source=dataset.source,
         rows=counts["pairs"] + len(left_out),
@@ -120,6 +126,17 @@ def check(dataset: PairDataset, *, resolution: int | None = None, progress: bool
         below_resolution=None if resolution is None else counts["below"],
         shortest_side=shortest,
     )
+
+
+def shared_prompts(dataset: PairDataset, other: PairDataset) -> list[str]:
+    """Prompts of `dataset` that `other` has too, but for case and spaces; images stay untouched."""
+    theirs = {_plain(prompt) for row in other.all_prompts for prompt in row}
+    ours = dict.fromkeys(prompt for row in dataset.all_prompts for prompt in row)
+    return [prompt for prompt in ours if _plain(prompt) in theirs]
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 def table(findings: Findings, show: int = 20, resolution: int | None = None) -> str:
@@ -147,6 +164,7 @@ def table(findings: Findings, show: int = 20, resolution: int | None = None) -> 
         "pairs with the id of an earlier row": findings.repeated_ids,
         "pairs of two unequal sizes": findings.unequal_sizes,
         f"images with a side below {resolution} px": findings.below_resolution or 0,
+        "prompts shared with the other set": len(findings.leaked),
     }
     noted = [f"{what}: {count:,}" for what, count in notes.items() if count]
     return "\n".join([*lines, "", *noted] if noted else lines)
@@ -156,10 +174,14 @@ def run(config: CheckConfig) -> Findings:
     """Check, print, write the report.
 
     Raises:
-        UserError: the set can't be used: columns missing, no usable pair, or too many damaged rows.
+        UserError: the set can't be used: columns missing, no usable pair, too many damaged rows, or prompts
+            shared with `against`.
     """
     dataset = open_pairs(config.dataset, split=config.split, columns=config.columns, max_bad=1.0, scan=0)
+    other = open_pairs(config.against, max_bad=1.0, scan=0) if config.against is not None else None
     findings = check(dataset, resolution=config.resolution)
+    if other is not None:
+        findings = replace(findings, leaked=shared_prompts(dataset, other))
     print(table(findings, config.show, config.resolution))
     if config.report is not None:
         value: dict[str, Any] = asdict(findings) | {"damaged_share": findings.damaged_share}
@@ -173,6 +195,11 @@ def run(config: CheckConfig) -> Findings:
         raise UserError(
             f"{findings.damaged_share:.1%} of the rows of {findings.source} are damaged, more than --max_bad "
             f"{config.max_bad:g} allows; repair or remove them, or train with a larger max_bad"
+        )
+    if findings.leaked:
+        raise UserError(
+            f"{len(findings.leaked):,} prompts of {findings.source} are in {config.against} as well (first: "
+            f"{findings.leaked[0]!r}); split one set with PairDataset.split_by_prompt instead"
         )
     print("\nusable")
     return findings

@@ -74,6 +74,21 @@ def digest(payload: bytes | Image.Image) -> str:
     return hashlib.sha256(repr(looks).encode() + pixels).hexdigest()
 
 
+def size(payload: bytes | Image.Image) -> tuple[int, int]:
+    """(width, height) as stored, from the header alone.
+
+    Raises:
+        BadImage: not an image.
+    """
+    if isinstance(payload, Image.Image):
+        return payload.size
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            return image.size
+    except Exception as error:  # as in `decode`
+        raise BadImage("unreadable image") from error
+
+
 def decode(payload: bytes | Image.Image) -> Image.Image:
     """Upright RGB: EXIF rotation applied, transparency put on white, other modes and 16 bit converted.
 

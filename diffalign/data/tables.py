@@ -114,9 +114,9 @@ def _from_path(path: Path, split: str | None) -> Table:
             raise UserError(f"{path} is one file and has no splits; leave split={split!r} out")
         if path.suffix in (".jsonl", ".ndjson"):
             return _from_jsonl(path)
-        if path.suffix == ".parquet":
-            return _from_parquet(path, [path])
-        raise UserError(f"{path} is neither .jsonl nor .parquet; give one of those or a folder")
+        if path.suffix in FILES:
+            return FILES[path.suffix](path, [path])
+        raise UserError(f"{path} is neither .jsonl nor {' nor '.join(FILES)}; give one of those or a folder")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
@@ -127,14 +127,17 @@ def _from_path(path: Path, split: str | None) -> Table:
             if split is not None and folder == path:
                 raise UserError(f"{path} has no split {split!r}: no folder {path / split}")
             return _from_jsonl(folder / name)
-    return _from_parquet_folder(folder, None if folder != path else split)
+    return _from_shards(folder, None if folder != path else split)
 
 
-def _from_parquet_folder(folder: Path, split: str | None) -> Table:
-    files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    if not files:
+def _from_shards(folder: Path, split: str | None) -> Table:
+    for suffix in SHARDS:
+        files = sorted([*folder.glob(f"*{suffix}"), *folder.glob(f"data/*{suffix}")])
+        if files:
+            break
+    else:
         raise UserError(
-            f"{folder} holds no pairs: expected {' or '.join(JSONL_NAMES)}, parquet files, "
+            f"{folder} holds no pairs: expected {' or '.join(JSONL_NAMES)}, parquet files, tar shards, "
             "or a data set that datasets saved to disk"
         )
     splits = sorted({file.stem.split("-")[0] for file in files})  # train-00000-of-00012.parquet
@@ -145,7 +148,7 @@ def _from_parquet_folder(folder: Path, split: str | None) -> Table:
             near = suggestion(split, splits)
             raise UserError(f"{folder} has no split {split!r}{near} (found: {', '.join(splits)})")
         files = [file for file in files if file.stem.split("-")[0] == split]
-    return _from_parquet(folder, files)
+    return FILES[suffix](folder, files)
 
 
 def _from_parquet(path: Path, files: list[Path]) -> Table:
@@ -156,6 +159,29 @@ def _from_parquet(path: Path, files: list[Path]) -> Table:
     except Exception as error:  # pyarrow and datasets wrap one another's errors; the first line says it
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"can't read the parquet of {path}: {reason}") from error
+
+
+def _from_tar(path: Path, files: list[Path]) -> Table:
+    from diffalign.data.tar import TarTable
+
+    return TarTable(str(path), files)
+
+
+def _from_json(path: Path, files: list[Path]) -> Table:
+    """A file that holds one list of objects, as HPDv2 has it; images lie beside it, or in a folder of its
+    name."""
+    try:
+        rows = json.loads(files[0].read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); one object a line goes into a .jsonl file") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} must hold a list of objects, one for each row")
+    beside = path.with_suffix("")
+    return _from_rows(str(path), rows, root=beside if beside.is_dir() else path.parent)
+
+
+SHARDS = (".parquet", ".tar")
+FILES = {".parquet": _from_parquet, ".tar": _from_tar, ".json": _from_json}
 
 
 def _from_datasets(name: str, dataset: Any, split: str | None) -> Table:
@@ -208,6 +234,9 @@ def _from_jsonl(path: Path) -> Table:
                     row = {}
                 rows.append(row)
                 row_names.append(f"line-{number}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return ListTable(str(path), columns, root=path.parent, row_names=row_names, broken=frozenset(broken))
+    return _from_rows(str(path), rows, root=path.parent, row_names=row_names, broken=frozenset(broken))
+
+
+def _from_rows(name: str, rows: list[dict[str, Any]], **rest: Any) -> Table:
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    return ListTable(name, {column: [row.get(column) for row in rows] for column in names}, **rest)

@@ -190,7 +190,7 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(UserError, match="holds no pairs"):
         open_pairs(tmp_path / "pairs")
     (tmp_path / "pairs.csv").write_text("a")
-    with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
+    with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet nor \.tar nor \.json"):
         open_pairs(tmp_path / "pairs.csv")
     (tmp_path / "pairs.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="can't read the parquet"):
@@ -226,7 +226,7 @@ def test_limit_counts_usable_rows(make, pick):
 
 DAMAGE = {
     "empty caption": {"prompt": "  "},
-    "caption is not text": {"prompt": ["a"]},
+    "caption is not text": {"prompt": 5},
     "no label": {"label_0": None},
     "tie": {"label_0": 0.5},
     "label outside 0..1": {"label_0": 3},
