@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from diffalign.solvers.ddim import DDIMScheduler
     from diffalign.solvers.dpm_solver import DPMSolverScheduler
     from diffalign.solvers.dpm_solver_pp import DPMSolverPPScheduler
+    from diffalign.solvers.dpm_solver_v3 import DPMSolverV3Scheduler
     from diffalign.solvers.integration import integrate
     from diffalign.solvers.mixture import GaussianMixture
     from diffalign.solvers.noise import NoiseSchedule
     from diffalign.solvers.pndm import PNDMScheduler
     from diffalign.solvers.sampling import sample
     from diffalign.solvers.scheduler import PlanScheduler
+    from diffalign.solvers.statistics import Statistics
     from diffalign.solvers.time_shift import TimeShiftScheduler
     from diffalign.solvers.unipc import UniPCScheduler
 
@@ -30,6 +32,7 @@ _SCHEDULERS = {
     "ddim": ("ddim", "DDIMScheduler"),
     "dpm-solver": ("dpm_solver", "DPMSolverScheduler"),
     "dpm-solver++": ("dpm_solver_pp", "DPMSolverPPScheduler"),
+    "dpm-solver-v3": ("dpm_solver_v3", "DPMSolverV3Scheduler"),
     "pndm": ("pndm", "PNDMScheduler"),
     "unipc": ("unipc", "UniPCScheduler"),
     "time-shift": ("time_shift", "TimeShiftScheduler"),
@@ -38,6 +41,7 @@ _OTHERS = {
     "GaussianMixture": "mixture",
     "NoiseSchedule": "noise",
     "PlanScheduler": "scheduler",
+    "Statistics": "statistics",
     "integrate": "integration",
     "sample": "sampling",
 }
@@ -92,10 +96,12 @@ __all__ = [
     "DDIMScheduler",
     "DPMSolverPPScheduler",
     "DPMSolverScheduler",
+    "DPMSolverV3Scheduler",
     "GaussianMixture",
     "NoiseSchedule",
     "PNDMScheduler",
     "PlanScheduler",
+    "Statistics",
     "TimeShiftScheduler",
     "UniPCScheduler",
     "integrate",

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 # Grids in log-SNR place their points from here when the schedule starts lower (cosine, zero terminal SNR,
 # flow): below it the sample is noise to the eye, and steps spent there are lost (DPM-Solver, appendix D).
-_LAMBDA_FLOOR = -5.1
+LAMBDA_FLOOR = -5.1
 # diffusers' largest sigma where the schedule has none: alphas_cumprod is 2^-24 there.
 _SIGMA_CAP = 4096.0
 
@@ -42,7 +42,7 @@ def time_quadratic(schedule: NoiseSchedule, start: float, count: int) -> Array:
 
 def logsnr(schedule: NoiseSchedule, start: float, count: int, last: float | None = None) -> Array:
     """Uniform in half log-SNR (Lu et al. 2022), up to `last` (of ``t_min`` unless given)."""
-    first = max(float(schedule.lambda_(start)), _LAMBDA_FLOOR)
+    first = max(float(schedule.lambda_(start)), LAMBDA_FLOOR)
     end = float(schedule.lambda_(schedule.t_min)) if last is None else last
     is_full = last is None or last == float(schedule.lambda_(schedule.t_min))
     times = schedule.t_of_lambda(np.linspace(first, end, count))
@@ -72,7 +72,7 @@ def beta(schedule: NoiseSchedule, start: float, count: int) -> Array:
 
 
 def _sigma_range(schedule: NoiseSchedule, start: float) -> tuple[float, float]:
-    cap = 1.0 if schedule.is_flow else math.exp(-_LAMBDA_FLOOR)
+    cap = 1.0 if schedule.is_flow else math.exp(-LAMBDA_FLOOR)
     high = min(float(schedule.sigma_diffusers(start)), cap)
     return high, float(schedule.sigma_diffusers(schedule.t_min))
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,12 +29,15 @@ from diffalign.solvers import grids
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
+from diffalign.solvers.statistics import Sidecar
 
 Array = NDArray[np.float64]
 
 # At alpha = 0 (zero terminal SNR) no data can be read from epsilon. diffusers uses alphas_cumprod = 2^-24
 # there.
 _ALPHA_FLOOR = 2.0**-12
+# What from_pretrained hands on to a download.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def _shared(
@@ -109,6 +114,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     ]
     order = 1
 
+    #: Options whose value is a :class:`~diffalign.solvers.statistics.Sidecar`, saved in a file of its own.
+    _sidecars: ClassVar[dict[str, type[Sidecar]]] = {}
     #: The kind of prediction that the rows combine: "sample" (data form) or "epsilon" (noise form).
     form: str = "sample"
     #: Whether diffusers' grid of this method leaves out the end point of n + 1 (its multistep classes do).
@@ -176,6 +183,42 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         return config
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write ``scheduler_config.json`` and, beside it, the tensors that belong to this scheduler."""
+        for option in self._sidecars:
+            record = self.config.get(option)
+            if record is not None and getattr(record, "content", None) is not None:
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                record.content.save(Path(save_directory) / record["file"])
+        self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in diffusers; reads the tensors beside the config as well.
+
+        Raises:
+            UserError: a file that the config names is missing, damaged or another one. The option passed by
+                hand, as in ``statistics=None``, is taken instead.
+        """
+        hub = {k: v for k, v in kwargs.items() if k in _HUB_OPTIONS}
+        source: Any = pretrained_model_name_or_path
+        loaded: Any = cls.load_config(source, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        config, kwargs = loaded
+        for option, sidecar in cls._sidecars.items():
+            record = config.get(option)
+            if isinstance(record, Mapping) and option not in kwargs:
+                path = _beside(source, subfolder, str(record["file"]), hub)
+                kwargs[option] = sidecar.load(path, str(record["sha256"]))
+        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler with the options of any diffusers scheduler's config; ``kwargs`` override."""
@@ -204,6 +247,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _plan(self, times: Array) -> Plan:
         """The rows for ``times``: n evaluations and the end, strictly decreasing."""
         raise NotImplementedError
+
+    def _check_sample(self, sample: Tensor) -> None:
+        """Refuse a sample that the plan doesn't fit; called once a run, at its first step."""
 
     def _final(self) -> str:
         """``"zero"`` or ``"sigma_min"``: where sampling ends."""
@@ -438,6 +484,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if self._bound is None:
+            self._check_sample(sample)
             self._bound = bind(self._instructions, sample)
         instruction = self._bound[index - self._origin]
         noise = None
@@ -525,6 +572,16 @@ def threshold(x0: Tensor, ratio: float, maximum: float, minimum: float = 1.0) ->
     high = magnitude.kthvalue(min(int(rank) + 2, flat.shape[1]), dim=1, keepdim=True).values
     s = torch.lerp(low, high, rank - int(rank)).clamp(minimum, maximum)
     return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
+
+
+def _beside(folder: Any, subfolder: str | None, name: str, hub: dict[str, Any]) -> Path:
+    """Where the file `name` of a local folder or hub repository lies; a bare name cannot leave the folder."""
+    name = Path(name).name
+    if Path(folder).is_dir():
+        return Path(folder, subfolder or "", name)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **hub))
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
