@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from diffalign.output import write_json
 SHARD_ROWS = 256  # rows that a killed process may lose; SDXL moments of 1024 px in fp16: 128 MB
 GIB = 2**30
 
+Posterior = Literal["sample", "mean"]
 EncodeImages = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 EncodePrompts = Callable[[list[str]], Mapping[str, Tensor]]
 
@@ -40,6 +41,7 @@ class CachedPairs:
         ids: id of each pair.
         prompts: prompt of each pair.
         preference: (N,) float32, probability that the chosen image is the better one.
+        weight: (N,) float32 with mean 1, how much each pair counts.
         in_memory: whether `latents`, `std` and `cond` are tensors; otherwise use :meth:`batch`.
         joint_flip: whether a drawn flip applies to both images of a pair.
     """
@@ -47,11 +49,13 @@ class CachedPairs:
     ids: list[str]
     prompts: list[str]
     preference: Tensor
+    weight: Tensor
     in_memory: bool
     joint_flip: bool
     _images: dict[str, Tensor | ShardedRows] = field(repr=False)  # (variants * N * 2, ...)
-    _cond: dict[str, Tensor | ShardedRows] = field(repr=False)  # (distinct prompts, ...)
-    _prompt_index: Tensor = field(repr=False)  # (N,) int64
+    _cond: dict[str, Tensor | ShardedRows] = field(repr=False)  # (distinct texts, ...)
+    _text_index: Tensor = field(repr=False)  # (N, 2, K) int64: of chosen and rejected, K texts to draw from
+    _text_count: Tensor = field(repr=False)  # (N,) int64: how many of the K are this pair's
     _variants: int = 1
 
     def __len__(self) -> int:
@@ -60,20 +64,24 @@ class CachedPairs:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row of :meth:`batch` without a generator: latents (2, C, h, w), cond {name: (...)}, ..."""
         row = self.batch([range(len(self))[index]])
-        return {name: v[0] if name != "cond" else {k: c[0] for k, c in v.items()} for name, v in row.items()}
+        return {
+            name: {k: c[0] for k, c in v.items()} if isinstance(v, dict) else v[0] for name, v in row.items()
+        }
 
     def batch(
         self, indices: Iterable[int] | Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
         """The pairs at `indices` (B of them), on the CPU.
 
-        With a CPU `generator`, latents are sampled from their moments (where the encoder gave moments) and
-        mirrored variants are drawn (where cached); without, they are the mean of the unmirrored images.
+        With a CPU `generator`, latents are sampled from their moments (where the encoder gave moments),
+        mirrored variants are drawn (where cached), and one of a pair's prompts (where it has several);
+        without, they are the mean of the unmirrored images with the first prompt.
 
         Returns:
-            ``latents`` (B, 2, C, h, w) float32, chosen then rejected; ``cond`` {name: (B, ...)} as stored;
-            ``preference`` (B,) float32; ``original_size`` and ``crop_top_left`` (B, 2, 2) int64, each
-            (height, width) or (top, left) in pixels of the chosen and of the rejected image.
+            ``latents`` (B, 2, C, h, w) float32, chosen then rejected; ``cond`` {name: (B, ...)} as stored,
+            of both images, or of the chosen ones where `own_captions`, which adds ``cond_rejected``;
+            ``preference`` and ``weight`` (B,) float32; ``original_size`` and ``crop_top_left`` (B, 2, 2)
+            int64, each (height, width) or (top, left) in pixels of the chosen and of the rejected image.
         """
         index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.long)
         flip = torch.zeros(len(index), 2, dtype=torch.long)
@@ -85,10 +93,17 @@ class CachedPairs:
         latents = images["latents"].float()
         if generator is not None and "std" in images:
             latents += images["std"].float() * torch.randn(latents.shape, generator=generator)
+        text = torch.zeros(len(index), dtype=torch.long)
+        if generator is not None and self._text_index.shape[2] > 1:
+            drawn = torch.rand(len(index), generator=generator, dtype=torch.float64)
+            text = (drawn * self._text_count[index]).long()
+        chosen, rejected = self._text_index[index, :, text].T
+        conds = {"cond": chosen} | ({"cond_rejected": rejected} if self.own_captions else {})
         return {
             "latents": latents,
-            "cond": {name: values[self._prompt_index[index]] for name, values in self._cond.items()},
+            **{what: {name: c[rows] for name, c in self._cond.items()} for what, rows in conds.items()},
             "preference": self.preference[index],
+            "weight": self.weight[index],
             "original_size": images["original_size"].long(),
             "crop_top_left": images["crop_top_left"].long(),
         }
@@ -107,13 +122,23 @@ class CachedPairs:
 
     @property
     def cond(self) -> dict[str, Tensor]:
-        """{name: (distinct prompts, ...)}; row `prompt_index[i]` belongs to pair `i`."""
+        """{name: (distinct texts, ...)}; row `prompt_index[i]` belongs to pair `i`."""
         return {name: self._whole(values) for name, values in self._cond.items()}
 
     @property
     def prompt_index(self) -> Tensor:
-        """(N,) int64: which row of `cond` each pair uses."""
-        return self._prompt_index
+        """(N,) int64: which row of `cond` each pair's (chosen image's) first text is."""
+        return self._text_index[:, 0, 0]
+
+    @property
+    def own_captions(self) -> bool:
+        """Whether any two images of a pair have captions that differ."""
+        return not torch.equal(self._text_index[:, 0], self._text_index[:, 1])
+
+    @property
+    def draws(self) -> bool:
+        """Whether :meth:`batch` draws a flip or a prompt from its generator."""
+        return self._variants > 1 or self._text_index.shape[2] > 1
 
     def _whole(self, values: Tensor | ShardedRows) -> Tensor:
         if isinstance(values, ShardedRows):
@@ -132,9 +157,12 @@ def cached_pairs(
     center_crop: bool = True,
     random_flip: bool = False,
     joint: bool = True,
+    posterior: Posterior = "sample",
     batch_size: int = 8,
     dtype: torch.dtype = torch.float16,
     memory_limit: int = 8 * GIB,
+    process: tuple[int, int] = (0, 1),
+    barrier: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> CachedPairs:
     """Encode what the cache in `folder` lacks, and open it.
@@ -142,7 +170,7 @@ def cached_pairs(
     Args:
         dataset: the pairs. A bad row is replaced as ``dataset[i]`` replaces it.
         folder: where the cache lives; several models, resolutions and data sets may share one. None keeps it
-            in memory. With several processes let one build it while the others wait.
+            in memory.
         encode_images: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) in the units
             that the denoiser sees, or ``{"mean": ..., "std": ...}`` of the same shape and units, which keeps
             sampling stochastic.
@@ -153,9 +181,14 @@ def cached_pairs(
         center_crop: centre; otherwise one place per pair, drawn from the images' content.
         random_flip: cache both variants, from which :meth:`CachedPairs.batch` draws.
         joint: same crop and flip for both images of a pair.
+        posterior: ``sample`` keeps mean and std where the encoder gives both, ``mean`` only the mean, in half
+            the room.
         batch_size: images, or prompts, per call of an encoder.
         dtype: of stored floating-point values; arithmetic after it is float32.
         memory_limit: bytes; images or embeddings that take more stay on disk and are read per batch.
+        process: (rank, number) of the processes that build the cache together in one folder, each its share.
+            Encoders whose results depend on the batch give last bits that depend on the number.
+        barrier: waits for the other processes; needed with more than one.
         progress: show a bar where there is a terminal.
 
     Raises:
@@ -163,18 +196,15 @@ def cached_pairs(
         RunFailed: an encoder gave a value that is not finite, or too large for `dtype`.
         ValueError: an encoder gave a wrong number of rows, or rows of changing shape.
     """
+    if posterior not in get_args(Posterior):
+        raise UserError(f"posterior must be one of {', '.join(get_args(Posterior))}, not {posterior!r}")
+    rank, processes = process
+    if processes > 1 and (folder is None or barrier is None):
+        raise ValueError("processes that share a cache need a folder and a barrier")
     transform = PairTransform(resolution, center_crop, random_flip, joint)
     encoders = {"key": dict(key), "dtype": str(dtype).removeprefix("torch.")}
-    images = _store(folder, "images", encoders | {"resolution": list(size_of(resolution))})
-    texts = _store(folder, "prompts", encoders)
-    visits: list[Visit] = []
-
-    def missing_images() -> Iterator[tuple[str, Fitted]]:
-        given: set[str] = set()
-        for visit, fitted in walk(dataset, transform, images.__contains__, progress):
-            visits.append(visit)
-            yield from ((key, image) for key, image in fitted.items() if key not in given)
-            given |= fitted.keys()
+    sized = encoders | {"resolution": list(size_of(resolution))}
+    sized |= {"posterior": "mean"} if posterior == "mean" else {}
 
     def encode_fitted(batch: list[Any]) -> dict[str, Tensor]:
         encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
@@ -183,31 +213,59 @@ def cached_pairs(
             named["latents"] = named.pop("mean")
         if not {"latents"} <= set(named) <= {"latents", "std"}:
             raise ValueError(f"encode_images must give latents, or mean and std, not {sorted(named)}")
+        if posterior == "mean":
+            named.pop("std", None)
         return named | {
             "original_size": torch.tensor([fitted.original_size for fitted in batch], dtype=torch.int32),
             "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
         }
 
-    _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image")
-    prompts = list(dict.fromkeys(visit.prompt for visit in visits))
-    bar = tqdm(prompts, "encode prompts", disable=None if progress else True, unit="prompt")
-    missing = ((content_key(p), p) for p in bar if content_key(p) not in texts)
-    _fill(texts, missing, lambda batch: dict(encode_prompts(batch)), batch_size, dtype, "text")
+    def fill(part: PairDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
+        """Encode what is missing for a part of the data set."""
+        images, texts = _store(folder, "images", sized), _store(folder, "prompts", encoders)
+        visits: list[Visit] = []
 
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+        def missing_images() -> Iterator[tuple[str, Fitted]]:
+            given: set[str] = set()
+            for visit, fitted in walk(part, transform, images.__contains__, progress):
+                visits.append(visit)
+                yield from ((key, image) for key, image in fitted.items() if key not in given)
+                given |= fitted.keys()
+
+        _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image")
+        wanted = list(dict.fromkeys(text for visit in visits for side in visit.texts for text in side))
+        bar = tqdm(wanted, "encode prompts", disable=None if progress else True, unit="prompt")
+        missing = ((content_key(text), text) for text in bar if content_key(text) not in texts)
+        _fill(texts, missing, lambda batch: dict(encode_prompts(batch)), batch_size, dtype, "text")
+        return images, texts, visits, wanted
+
+    if processes > 1 and barrier is not None:
+        share = range(rank, len(dataset), processes)
+        if share:
+            fill(dataset.select(share))
+        barrier()
+    images, texts, visits, wanted = fill(dataset)
     by_variant = zip(*(visit.keys for visit in visits), strict=True)
     image_keys = [key for variant in by_variant for two in variant for key in two]
     image_rows = images.rows(image_keys, memory_limit)
-    cond = texts.rows([content_key(prompt) for prompt in prompts], memory_limit)
+    cond = texts.rows([content_key(text) for text in wanted], memory_limit)
+    number = {text: i for i, text in enumerate(wanted)}
+    most = max(len(side) for visit in visits for side in visit.texts)
+    padded = [
+        [[number[text] for text in side] + [number[side[0]]] * (most - len(side)) for side in visit.texts]
+        for visit in visits
+    ]
     return CachedPairs(
         ids=[visit.id for visit in visits],
         prompts=[visit.prompt for visit in visits],
         preference=torch.tensor([visit.preference for visit in visits], dtype=torch.float32),
+        weight=torch.tensor(dataset.weights, dtype=torch.float32),
         in_memory=not any(isinstance(rows, ShardedRows) for rows in (image_rows | cond).values()),
         joint_flip=joint,
         _images=image_rows,
         _cond=cond,
-        _prompt_index=torch.tensor([number[visit.prompt] for visit in visits]),
+        _text_index=torch.tensor(padded),
+        _text_count=torch.tensor([len(visit.texts[0]) for visit in visits]),
         _variants=1 + random_flip,
     )
 

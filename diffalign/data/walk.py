@@ -21,13 +21,21 @@ DECODERS = min(4, os.cpu_count() or 1)  # threads; decoding and resizing release
 class Visit(NamedTuple):
     """One pair: what it is, and the key of each image.
 
-    ``keys``: per cached variant (plain, mirrored) those of chosen and rejected.
+    ``texts``: what chosen and rejected are described by, several where one is to be drawn; ``keys``: per
+    cached variant (plain, mirrored) those of chosen and rejected.
     """
 
     id: str
     prompt: str
+    texts: tuple[tuple[str, ...], tuple[str, ...]]
     preference: float
     keys: list[tuple[str, str]]
+
+
+def texts_of(prompts: tuple[str, ...], captions: tuple[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Each image's own caption where one of them has one, else all prompts of the row for both."""
+    own = captions != (prompts[0], prompts[0])
+    return ((captions[0],), (captions[1],)) if own else (prompts, prompts)
 
 
 def content_key(*parts: object) -> str:
@@ -46,7 +54,8 @@ def walk(
     """
     crop = PairTransform(transform.resolution, transform.center_crop, False, transform.joint)
     flips = (False, True) if transform.random_flip else (False,)
-    ids, prompts, preferences = dataset.ids, dataset.prompts, dataset.preferences
+    ids, prompts, preferences = dataset.ids, dataset.all_prompts, dataset.preferences
+    captions = dataset.captions
 
     def views(digests: tuple[str, str]) -> list[tuple[View, View]]:
         seed = int(content_key(*digests)[:15], 16)
@@ -63,7 +72,8 @@ def walk(
         if digests is not None:
             keys = keys_of(digests)
             if all(known(key) for two in keys for key in two):
-                return Visit(ids[index], prompts[index], preferences[index], keys), {}
+                texts = texts_of(prompts[index], captions[index])
+                return Visit(ids[index], prompts[index][0], texts, preferences[index], keys), {}
         pair = dataset[index]
         keys = keys_of(pair.digests)
         images = {
@@ -72,7 +82,8 @@ def walk(
             for key, image, view in zip(two, (pair.chosen, pair.rejected), seen, strict=True)
             if not known(key)
         }
-        return Visit(pair.id, pair.prompt, pair.preference, keys), images
+        texts = texts_of(pair.prompts, pair.captions)
+        return Visit(pair.id, pair.prompt, texts, pair.preference, keys), images
 
     ahead: deque[Future[tuple[Visit, dict[str, Fitted]]]] = deque()
     with (

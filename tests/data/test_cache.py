@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
-from diffalign.data import PairDataset, cache, open_pairs, write_pairs
+from diffalign.data import PairDataset, Selection, cache, open_pairs, write_pairs
 from diffalign.data.cache import cached_pairs
 from diffalign.data.transforms import View, fit
 from diffalign.errors import RunFailed, UserError
@@ -339,3 +342,84 @@ def test_a_changed_encoder_under_an_old_key_is_noticed(make, tmp_path):
             key={"model": "toy"},
             resolution=16,
         )
+
+
+def with_captions(make, count: int, **columns) -> PairDataset:
+    rows = {
+        "prompt": [f"p {i}" for i in range(count)],
+        "chosen": [make.encoded(make.picture(i)) for i in range(count)],
+        "rejected": [make.encoded(make.picture(50 + i)) for i in range(count)],
+    }
+    return open_pairs(datasets.Dataset.from_dict(rows | columns))
+
+
+def test_each_image_has_the_embedding_of_its_own_caption(make, tmp_path):
+    own = {"caption_chosen": ["c 10", "", "c 12"], "caption_rejected": ["c 20", "c 21", ""]}
+    pairs = with_captions(make, 3, **own)
+    for _ in range(2):  # when made, and when read back
+        held = build(pairs, tmp_path)
+        batch = held.batch([0, 1, 2])
+        assert held.own_captions
+        assert batch["cond"]["prompt_embeds"][:, 0, 0].tolist() == [10, 1, 12]
+        assert batch["cond_rejected"]["prompt_embeds"][:, 0, 0].tolist() == [20, 21, 2]
+        assert held[1]["cond_rejected"]["prompt_embeds"].shape == (5, 3)
+    assert "cond_rejected" not in build(make.lists(3)).batch([0])
+
+
+def test_one_of_several_prompts_is_drawn_in_training_and_the_first_otherwise(make):
+    pairs = with_captions(make, 2, prompt=[["p 1", "p 2", "p 3"], ["p 7"]])
+    held = build(pairs)
+    assert held.draws
+    assert not held.own_captions
+    rows = [0, 1] * 60
+    assert held.batch(rows)["cond"]["prompt_embeds"][:, 0, 0].tolist() == [1, 7] * 60
+    drawn = [
+        held.batch(rows, torch.Generator().manual_seed(s))["cond"]["prompt_embeds"][:, 0, 0]
+        for s in (0, 0, 1)
+    ]
+    assert set(drawn[0][::2].tolist()) == {1, 2, 3}
+    assert set(drawn[0][1::2].tolist()) == {7}
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_weights_come_with_the_batch(make):
+    table = datasets.Dataset.from_dict(
+        {
+            "prompt": ["p 1", "p 1", "p 2"],
+            "chosen": [make.encoded(make.picture(i)) for i in range(3)],
+            "rejected": [make.encoded(make.picture(9 + i)) for i in range(3)],
+        }
+    )
+    held = build(open_pairs(table, selection=Selection(prompt_weights=True)))
+    assert held.batch([2, 0])["weight"].tolist() == [1.5, 0.75]
+
+
+def test_the_mean_alone_is_another_entry_of_half_the_size(make, tmp_path):
+    pairs = make.lists(4)
+    both, mean = build(pairs, tmp_path), build(pairs, tmp_path, posterior="mean")
+    assert mean.std is None
+    assert torch.equal(mean.latents, both.latents)
+    assert torch.equal(mean.batch([0], torch.Generator())["latents"], mean.batch([0])["latents"])
+    assert len(list(tmp_path.glob("images-*"))) == 2
+    with pytest.raises(UserError, match="posterior must be one of sample, mean"):
+        build(pairs, posterior="mode")
+
+
+def test_processes_share_the_work_and_see_the_same(make, tmp_path):
+    pairs = make.lists(23, prompts=5)
+    meeting = threading.Barrier(3)
+    encoders = [Encoders() for _ in range(3)]
+
+    def one(rank: int):
+        options = {"process": (rank, 3), "barrier": meeting.wait, "batch_size": 1, "progress": False}
+        return build(pairs, tmp_path / "shared", encoders[rank], **options)
+
+    with ThreadPoolExecutor(3) as pool:
+        held = list(pool.map(one, range(3)))
+    assert sorted(e.images for e in encoders) == [14, 16, 16]
+    alone = build(pairs, tmp_path / "alone", batch_size=1)
+    for one_of_them in held:
+        assert_same(one_of_them, alone)
+    with pytest.raises(ValueError, match="need a folder and a barrier"):
+        build(pairs, tmp_path, process=(0, 2))
