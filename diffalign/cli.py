@@ -50,6 +50,12 @@ COMMANDS: dict[str, Command] = {
         "Diffusion-DPO on preference pairs, LoRA or full",
         "diffalign train diffusion-dpo --config configs/train/diffusion_dpo_playground.yaml --beta_dpo 2000",
     ),
+    "calibrate ems": Command(
+        "diffalign.calibrate.ems:CalibrateEMSConfig",
+        "diffalign.calibrate.ems:run",
+        "estimate DPM-Solver-v3's statistics for a pipeline",
+        "diffalign calibrate ems --model playground/sd --guidance_scale 4 --intervals 60 --samples 32",
+    ),
     "calibrate dc": Command(
         "diffalign.calibrate.dc:CalibrateDCConfig",
         "diffalign.calibrate.dc:run",
