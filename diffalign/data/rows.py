@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from diffalign.data import images
 from diffalign.data.tables import Table
-from diffalign.errors import UserError
+from diffalign.errors import UserError, suggestion
 
 # Rows left out because of what the voters said, or by an option. Everything else that is skipped is damage.
 NO_VERDICT = ("tie", "no label")
@@ -61,6 +61,21 @@ class Selection:
     min_side: int = 0
     drop_nsfw: bool = False
     prompt_weights: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Selection:
+        """From names and values, as a configuration file has them.
+
+        Raises:
+            UserError: an unknown name.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UserError(
+                    f"unknown selection {name!r}{suggestion(name, known)} (known: {', '.join(known)})"
+                )
+        return cls(**options)
 
     def check(self, source: str, roles: Mapping[str, str]) -> None:
         """Refuse what is no option, and options that need columns which are not there.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data import PairDataset, open_pairs
+from diffalign.data import PairDataset, Selection, open_pairs
 from diffalign.data.cache import CachedPairs, cached_pairs
 from diffalign.data.transforms import size_of
 from diffalign.errors import UserError
@@ -51,6 +51,8 @@ class PairConfig(TrainConfig):
         columns: which column holds what, where names differ, such as {prompt: text, chosen: good}.
         max_bad: share of damaged rows (unreadable images, empty captions) that a data set may have.
         ties: pairs without a winner: drop, soft (trained towards even odds) or error.
+        selection: what decides between two images, what becomes of repeated pairs, filters, and weights of
+            prompts, such as {votes: share, min_side: 512}: the attributes of diffalign.data.Selection.
         reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
             time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
             but sees no other noise.
@@ -72,6 +74,7 @@ class PairConfig(TrainConfig):
     columns: dict[str, str] = field(default_factory=dict)
     max_bad: float = 0.01
     ties: Literal["drop", "soft", "error"] = "drop"
+    selection: dict[str, int | float | bool | str] = field(default_factory=dict)
     reference_draws: int = 0
     validation_dataset: str | None = None
     validation_share: float = 0.0
@@ -98,9 +101,9 @@ class PairBatch:
     """One micro-batch of B pairs on the device, as 2B rows: chosen ones first.
 
     ``latents (2B, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2B,)`` in host
-    memory; ``cond``: each ``(2B, ...)``; ``preference (B,)``; ``empty``: pairs without their caption;
-    ``rows``: indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one;
-    ``sides``: which images are there, chosen (0) and rejected (1).
+    memory; ``cond``: each ``(2B, ...)``; ``preference (B,)`` and ``weight (B,)``; ``empty``: pairs without
+    their caption; ``rows``: indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a
+    fresh one; ``sides``: which images are there, chosen (0) and rejected (1).
     """
 
     latents: Tensor
@@ -108,6 +111,7 @@ class PairBatch:
     t: Tensor
     cond: dict[str, Tensor]
     preference: Tensor
+    weight: Tensor
     empty: int
     rows: list[int]
     draws: list[int]
@@ -169,6 +173,7 @@ class PairTrainer(Trainer[P]):
             ties=config.ties,
             limit=limit,
             max_bad=config.max_bad,
+            selection=Selection.of(config.selection),
         )
 
     def encode(self) -> None:
@@ -196,10 +201,10 @@ class PairTrainer(Trainer[P]):
 
     def batch(self, step: int, slots: range) -> PairBatch:
         """The pairs at places ``slots`` of the global batch of ``step``, with noise and times."""
-        config, seed = self.config, self.config.seed
+        seed = self.config.seed
         positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
         rows = draws.rows_at(positions, seed=seed, length=len(self.data))
-        if config.random_flip:  # one generator per pair, so that its flip does not depend on its neighbours
+        if self.data.draws:  # one generator per pair, so that its flip does not depend on its neighbours
             found = _stacked(
                 self.data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", step, slot)))
                 for row, slot in zip(rows, slots, strict=True)
@@ -214,9 +219,6 @@ class PairTrainer(Trainer[P]):
         """A :meth:`CachedPairs.batch` of B pairs and a draw for each, as a batch on the device."""
         noise = torch.from_numpy(np.stack([d.noise for d in drawn]))
         empty = torch.tensor([d.empty for d in drawn])
-        cond = found["cond"]
-        if empty.any():
-            cond = {k: torch.where(_like(empty, v), self.no_caption[k].to(v), v) for k, v in cond.items()}
         device = self.accelerator.device
 
         def both(tensor: Tensor) -> Tensor:
@@ -224,6 +226,16 @@ class PairTrainer(Trainer[P]):
 
         def by_row(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+
+        def dropped(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Both images of a pair lose their caption together."""
+            if not empty.any():
+                return cond
+            return {k: torch.where(_like(empty, v), self.no_caption[k].to(v), v) for k, v in cond.items()}
+
+        cond = {name: both(values) for name, values in dropped(found["cond"]).items()}
+        for name, values in dropped(found.get("cond_rejected", {})).items():  # captions of each image's own
+            cond[name][len(rows) :] = values.to(device, non_blocking=True)
 
         original, corner = found["original_size"], found["crop_top_left"]
         target = torch.tensor(size_of(self.config.resolution or self.adapter.default_resolution))
@@ -235,8 +247,9 @@ class PairTrainer(Trainer[P]):
             latents=by_row(found["latents"]),
             noise=both(noise),
             t=torch.tensor([d.t for d in drawn]).repeat(2),
-            cond={name: both(values) for name, values in cond.items()} | sizes,
+            cond=cond | sizes,
             preference=found["preference"].to(device, non_blocking=True),
+            weight=found["weight"].to(device, non_blocking=True),
             empty=int(empty.sum()),
             rows=rows,
             draws=[d.number for d in drawn],
@@ -365,7 +378,7 @@ class PairTrainer(Trainer[P]):
         batch = self.batch(step, slots)
         errors = self._errors(batch)
         losses, logit = self.pair_loss(errors, batch.preference)
-        return losses, self._sums(errors, logit.detach(), batch)
+        return losses * batch.weight, self._sums(errors, logit.detach(), batch)
 
     def _errors(self, batch: PairBatch) -> Errors:
         config, adapter = self.config, self.adapter
@@ -416,6 +429,7 @@ class PairTrainer(Trainer[P]):
                     else torch.cat([errors_w.reference, errors_l.reference]),
                 )
                 losses, logit = self.pair_loss(both, batch.preference)
+                losses = losses * batch.weight
             slope_w, slope_l = torch.autograd.grad(losses.sum() / own_pairs, both.policy)[0]
             for p, before in zip(parameters, gathered, strict=True):
                 if p.grad is not None:
