@@ -8,6 +8,7 @@ the new rows, and goes on where a killed process left it, with the same batches 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -337,5 +338,6 @@ def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> Sh
     place = Path(folder) / f"{kind}-{content_key(text)[:16]}"
     store = ShardStore(place)
     if not (place / "settings.json").is_file():  # for people; other processes may be reading beside us
-        write_json(place / "settings.json", settings)
+        with contextlib.suppress(FileNotFoundError):  # one of them was faster
+            write_json(place / "settings.json", settings)
     return store

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,8 @@ class ShardStore:
             return
         path = self._folder / f"{_sha256(*map(str.encode, keys))[:24]}.safetensors"
         metadata = {"format": "pt", "keys": json.dumps(list(keys)), "sha256": _checksum(held)}
-        partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")  # of this process, should two build one cache
+        # Of this process and thread, should several build one cache.
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         try:
             save_file(held, partial, metadata=metadata)
             os.replace(partial, path)

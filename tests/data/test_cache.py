@@ -408,7 +408,7 @@ def test_the_mean_alone_is_another_entry_of_half_the_size(make, tmp_path):
 
 def test_processes_share_the_work_and_see_the_same(make, tmp_path):
     pairs = make.lists(23, prompts=5)
-    meeting = threading.Barrier(3)
+    meeting = threading.Barrier(3, timeout=60)
     encoders = [Encoders() for _ in range(3)]
 
     def one(rank: int):
