@@ -62,6 +62,12 @@ COMMANDS: dict[str, Command] = {
         "find DC-Solver's compensation ratios for a pipeline",
         "diffalign calibrate dc --model playground/sd --num_inference_steps 5 8 --guidance_scale 5",
     ),
+    "train dcpo": Command(
+        "diffalign.trainers.dcpo:DCPOConfig",
+        "diffalign.trainers.dcpo:run",
+        "DCPO: Diffusion-DPO with a caption of its own for each image",
+        "diffalign train dcpo --pretrained_model_name_or_path playground/sd --dataset_name captioned_pairs/",
+    ),
     "train mapo": Command(
         "diffalign.trainers.mapo:MaPOConfig",
         "diffalign.trainers.mapo:run",
@@ -103,6 +109,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign.data.caption:run",
         "describe both images of every pair with a captioning model",
         "diffalign data caption --dataset my_pairs/ --output_dir captioned --captioner blip/",
+    ),
+    "data perturb": Command(
+        "diffalign.data.perturb:PerturbConfig",
+        "diffalign.data.perturb:run",
+        "rewrite the captions of rejected images, for dual-caption training",
+        "diffalign data perturb --dataset my_pairs/ --output_dir captioned_pairs/ --level medium",
     ),
     "data synth": Command(
         "diffalign.playground.synth:SynthConfig",

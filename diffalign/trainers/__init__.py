@@ -6,11 +6,14 @@ config = DiffusionDPOConfig(output_dir="outputs/dpo", max_train_steps=500)
 DiffusionDPOTrainer(config, model=pipeline_or_path, dataset="my_pairs/").train()
 """
 
+from diffalign.trainers.dcpo import DCPOConfig, DCPOTrainer
 from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffalign.trainers.mapo import MaPOConfig, MaPOTrainer
 from diffalign.trainers.sft import SFTConfig, SFTTrainer
 
 __all__ = [
+    "DCPOConfig",
+    "DCPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
     "MaPOConfig",

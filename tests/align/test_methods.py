@@ -1,12 +1,16 @@
-"""Methods beside Diffusion-DPO on the same loop: MaPO and fine-tuning."""
+"""Methods beside Diffusion-DPO on the same loop: DCPO, MaPO and fine-tuning."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffalign.data import open_pairs, write_pairs
+from diffalign.data.perturb import RulePerturber, perturb
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors
-from diffalign.trainers import MaPOConfig, MaPOTrainer, SFTConfig, SFTTrainer
+from diffalign.trainers import DCPOConfig, DCPOTrainer, MaPOConfig, MaPOTrainer, SFTConfig, SFTTrainer
 
 METHODS = {"mapo": (MaPOConfig, MaPOTrainer), "sft": (SFTConfig, SFTTrainer)}
 
@@ -98,3 +102,56 @@ def test_low_memory_mapo(method, log):
 def test_options_without_meaning_are_refused(method, name, options, words):
     with pytest.raises(UserError, match=words):
         method(name, **options)
+
+
+# -------------------------------------------------------------------- captions of each image's own
+
+
+@pytest.fixture
+def dual(tmp_path, pairs):
+    rows = perturb([pairs[i] for i in range(16)], RulePerturber("strong"))
+    return open_pairs(write_pairs(tmp_path / "dual", rows))
+
+
+def dcpo(tmp_path, model_folder, dataset, **options):
+    settings = {
+        "output_dir": str(tmp_path / "dcpo"),
+        "train_batch_size": 8,
+        "max_train_steps": 2,
+        "rank": 0,
+        "checkpointing_steps": 0,
+        "progress": False,
+        "learning_rate": 1e-3,
+    }
+    return DCPOTrainer(DCPOConfig(**(settings | options)), model=model_folder, dataset=dataset)
+
+
+def test_each_image_is_judged_under_its_own_caption(tmp_path, model_folder, dual, log):
+    run = dcpo(tmp_path, model_folder, dual)
+    run.train()
+    assert log(run.folder)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    batch = run.batch(0, range(8))
+    wanted = [dual[row].captions for row in batch.rows]
+    embeds = run.adapter.encode_prompts([c for side in (0, 1) for c in (w[side] for w in wanted)])
+    torch.testing.assert_close(batch.cond["prompt_embeds"], embeds["prompt_embeds"])
+
+
+def test_equal_captions_are_diffusion_dpo_bit_for_bit(tmp_path, model_folder, pairs, trainer):
+    same = [replace(pairs[i], captions=(pairs[i].prompt,) * 2) for i in range(16)]
+    same[15] = replace(same[15], captions=("another", same[15].prompt))
+    folder = write_pairs(tmp_path / "same", same)
+    ours = dcpo(tmp_path, model_folder, open_pairs(folder), max_train_steps=1, rank=4)
+    ours.train()
+    theirs = trainer(
+        "dpo", dataset=open_pairs(folder), max_train_steps=1, beta_dpo=500.0, cache_dir=str(tmp_path / "c")
+    )
+    theirs.train()
+    for p, q in zip(ours.weights.trainable, theirs.weights.trainable, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_data_without_captions_of_their_own_are_refused(tmp_path, model_folder, pairs):
+    with pytest.raises(UserError, match="no image of this data has a caption of its own"):
+        dcpo(tmp_path, model_folder, pairs).train()
+    with pytest.raises(UserError, match="proportion_empty_prompts must be 0"):
+        dcpo(tmp_path, model_folder, pairs, proportion_empty_prompts=0.1)
