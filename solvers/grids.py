@@ -49,6 +49,16 @@ def logsnr(schedule: NoiseSchedule, start: float, count: int, last: float | None
     return _pinned(times, start, schedule.t_min if is_full else None)
 
 
+def power(schedule: NoiseSchedule, start: float, count: int, last: float, rho: float) -> Array:
+    """Uniform in ``(sigma/alpha)^(1/rho)`` up to half log-SNR `last`; uniform in log-SNR for infinite rho."""
+    if math.isinf(rho):
+        return logsnr(schedule, start, count, last)
+    first = max(float(schedule.lambda_(start)), LAMBDA_FLOOR)
+    levels = np.linspace(math.exp(-first / rho), math.exp(-last / rho), count)
+    end = schedule.t_min if last == float(schedule.lambda_(schedule.t_min)) else None
+    return _pinned(schedule.t_of_lambda(-rho * np.log(levels)), start, end)
+
+
 def karras(schedule: NoiseSchedule, start: float, count: int, rho: float = 7.0) -> Array:
     """Uniform in ``sigma^(1/rho)``, sigma as diffusers has it (Karras et al. 2022, equation 5)."""
     high, low = _sigma_range(schedule, start)
@@ -212,40 +222,61 @@ def flagged_grid(config: Mapping[str, Any]) -> str | None:
 # ------------------------------------------------------- the default
 
 
-#: Order -> (offset of the last evaluation for few and for many steps, steps at which the grid is all log-SNR)
-#: of :func:`auto_times`.
-_AUTO: dict[int, tuple[float, float, int]] = {1: (-0.25, 0.0, 0), 2: (-0.25, 0.3, 14), 3: (-0.25, 0.0, 18)}
-_FEW, _MANY = 8, 15
+# Number of steps -> half log-SNR of the last evaluation with ``final="zero"``, share of uniform time.
+_AUTO_SECOND = {
+    5: (1.36, 0.75),
+    6: (1.55, 0.65),
+    8: (2.2, 0.4),
+    10: (3.0, 0.0),
+    15: (3.2, 0.0),
+    20: (3.4, 0.0),
+    30: (3.8, 0.0),
+}
+_AUTO_THIRD = {
+    5: (1.36, 0.8),
+    8: (2.1, 0.6),
+    10: (2.2, 0.5),
+    12: (2.4, 0.375),
+    15: (3.2, 0.0),
+    20: (3.4, 0.0),
+    30: (3.8, 0.0),
+    50: (4.0, 0.0),
+}
+#: Order -> exponent of the spacing (Karras has 7; infinity is uniform log-SNR) and table of
+#: :func:`auto_times`, which interpolates between the rows.
+_AUTO = {2: (14.0, _AUTO_SECOND), 3: (math.inf, _AUTO_THIRD)}
 
 
 def auto_times(schedule: NoiseSchedule, count: int, *, order: int, final: str, start: float) -> Array:
     """The default grid of VP schedules, for multistep solvers of the given order.
 
-    With ``final="zero"`` the last evaluation is at half log-SNR ``log n + c``: the jump from there to the
-    clean image errs by about ``e^{-2 lambda}`` and the steps before it by ``n^{-2}``, so both fall together.
-    Points are uniform in log-SNR, mixed with uniform time while steps are few, because guided sampling
-    diverges on long first steps in log-SNR; up to 4 steps they are uniform in time alone.
+    Points are uniform in log-SNR (second order: in ``(sigma/alpha)^(1/14)``, a little denser at the noisy
+    end) up to a last evaluation from where the jump to the clean image costs about as much as the steps
+    before it. With few steps they are mixed with uniform time, because guided sampling diverges on long first
+    steps in log-SNR; up to 4 steps they are uniform in time alone. A first-order solver does not diverge: its
+    last evaluation is at half log-SNR ``log n``, a little less with few steps.
 
-    The constants come from scans over two mixtures (the schedules of DDPM and Stable Diffusion, no guidance
-    and guidance 3, 7.5 and 12, 4 to 30 steps) and over the playground model (guidance 1 and 4, 5 to 20
-    steps). The mixtures alone ask for c = 0.3 throughout; the trained model, where large scales decide, for
-    less at few steps, so c = -0.25 up to 8 steps. On the mixture of the benchmarks that is still
-    1.9 times better than diffusers' default at 5 steps, on the trained model at guidance 4 about equal.
+    The tables are fitted to Gaussian mixtures (six, on the schedules of Stable Diffusion, DDPM, cosine and
+    zero terminal SNR, guidance 1 to 12) and held against other mixtures and the playground model, which asks
+    for less than the mixtures at 5 and 6 guided steps. ``docs/grids.md`` has the evidence, and where another
+    grid is better.
     """
     if count <= 4 and order > 1:
         return named_times(schedule, "time_uniform", count, final=final, start=start)
-    few, many, full = _AUTO[order]
-    offset = float(np.interp(count, (_FEW, _MANY), (few, many)))
-    weight = 1.0 if count >= full else (count - 2) / (full - 2)
     highest = float(schedule.lambda_(schedule.t_min))
-    last = math.log(count) + offset
+    if order == 1:
+        rho, in_time = math.inf, 0.0
+        last = math.log(count) + float(np.interp(count, (8, 15), (-0.25, 0.0)))
+    else:
+        rho, table = _AUTO[order]
+        columns = zip(*table.values(), strict=True)
+        last, in_time = (float(np.interp(count, list(table), column)) for column in columns)
     if final != "zero" or not schedule.lambda_(start) < last < highest:
         last = highest
     points = count if final == "zero" else count + 1
-    in_time = np.linspace(
+    times = (1.0 - in_time) * power(schedule, start, points, last, rho) + in_time * np.linspace(
         start, schedule.t_min if last == highest else float(schedule.t_of_lambda(last)), points
     )
-    times = weight * logsnr(schedule, start, points, last) + (1.0 - weight) * in_time
     return np.append(times, schedule.t_clean) if final == "zero" else _pinned(times, start, schedule.t_min)
 
 
