@@ -49,14 +49,14 @@ def logsnr(schedule: NoiseSchedule, start: float, count: int, last: float | None
     return _pinned(times, start, schedule.t_min if is_full else None)
 
 
-def power(schedule: NoiseSchedule, start: float, count: int, last: float, rho: float) -> Array:
-    """Uniform in ``(sigma/alpha)^(1/rho)`` up to half log-SNR `last`; uniform in log-SNR for infinite rho."""
-    if math.isinf(rho):
+def power(schedule: NoiseSchedule, start: float, count: int, last: float, bend: float) -> Array:
+    """Uniform in ``(sigma/alpha)^bend`` up to half log-SNR `last`; uniform in log-SNR for bend 0."""
+    if bend == 0.0:
         return logsnr(schedule, start, count, last)
     first = max(float(schedule.lambda_(start)), LAMBDA_FLOOR)
-    levels = np.linspace(math.exp(-first / rho), math.exp(-last / rho), count)
+    levels = np.linspace(math.exp(-first * bend), math.exp(-last * bend), count)
     end = schedule.t_min if last == float(schedule.lambda_(schedule.t_min)) else None
-    return _pinned(schedule.t_of_lambda(-rho * np.log(levels)), start, end)
+    return _pinned(schedule.t_of_lambda(-np.log(levels) / bend), start, end)
 
 
 def karras(schedule: NoiseSchedule, start: float, count: int, rho: float = 7.0) -> Array:
@@ -222,39 +222,39 @@ def flagged_grid(config: Mapping[str, Any]) -> str | None:
 # ------------------------------------------------------- the default
 
 
-# Number of steps -> half log-SNR of the last evaluation with ``final="zero"``, share of uniform time.
-_AUTO_SECOND = {
-    5: (1.36, 0.75),
-    6: (1.55, 0.65),
-    8: (2.2, 0.4),
-    10: (3.0, 0.0),
-    15: (3.2, 0.0),
-    20: (3.4, 0.0),
-    30: (3.8, 0.0),
+#: Order -> number of steps -> half log-SNR of the last evaluation with ``final="zero"``, share of uniform
+#: time, bend of :func:`power`; :func:`auto_times` interpolates between the rows.
+_AUTO: dict[int, dict[int, tuple[float, float, float]]] = {
+    2: {
+        5: (1.36, 0.75, 0.0),
+        6: (1.55, 0.65, 0.0),
+        8: (2.2, 0.4, 1 / 28),
+        10: (3.0, 0.0, 1 / 14),
+        15: (3.2, 0.0, 1 / 14),
+        20: (3.4, 0.0, 1 / 14),
+        30: (3.8, 0.0, 1 / 14),
+    },
+    3: {
+        5: (1.36, 0.8, 0.0),
+        8: (2.1, 0.6, 0.0),
+        10: (2.2, 0.5, 0.0),
+        12: (2.4, 0.375, 0.0),
+        15: (3.2, 0.0, 0.0),
+        20: (3.4, 0.0, 0.0),
+        30: (3.8, 0.0, 0.0),
+        50: (4.0, 0.0, 0.0),
+    },
 }
-_AUTO_THIRD = {
-    5: (1.36, 0.8),
-    8: (2.1, 0.6),
-    10: (2.2, 0.5),
-    12: (2.4, 0.375),
-    15: (3.2, 0.0),
-    20: (3.4, 0.0),
-    30: (3.8, 0.0),
-    50: (4.0, 0.0),
-}
-#: Order -> exponent of the spacing (Karras has 7; infinity is uniform log-SNR) and table of
-#: :func:`auto_times`, which interpolates between the rows.
-_AUTO = {2: (14.0, _AUTO_SECOND), 3: (math.inf, _AUTO_THIRD)}
 
 
 def auto_times(schedule: NoiseSchedule, count: int, *, order: int, final: str, start: float) -> Array:
     """The default grid of VP schedules, for multistep solvers of the given order.
 
-    Points are uniform in log-SNR (second order: in ``(sigma/alpha)^(1/14)``, a little denser at the noisy
-    end) up to a last evaluation from where the jump to the clean image costs about as much as the steps
-    before it. With few steps they are mixed with uniform time, because guided sampling diverges on long first
-    steps in log-SNR; up to 4 steps they are uniform in time alone. A first-order solver does not diverge: its
-    last evaluation is at half log-SNR ``log n``, a little less with few steps.
+    Points are uniform in log-SNR (at second order from 10 steps in ``(sigma/alpha)^(1/14)``, a little denser
+    at the noisy end) up to a last evaluation from where the jump to the clean image costs about as much as
+    the steps before it. With few steps they are mixed with uniform time, because guided sampling diverges on
+    long first steps in log-SNR; up to 4 steps they are uniform in time alone. A first-order solver does not
+    diverge: its last evaluation is at half log-SNR ``log n``, a little less with few steps.
 
     The tables are fitted to Gaussian mixtures (six, on the schedules of Stable Diffusion, DDPM, cosine and
     zero terminal SNR, guidance 1 to 12) and held against other mixtures and the playground model, which asks
@@ -265,16 +265,16 @@ def auto_times(schedule: NoiseSchedule, count: int, *, order: int, final: str, s
         return named_times(schedule, "time_uniform", count, final=final, start=start)
     highest = float(schedule.lambda_(schedule.t_min))
     if order == 1:
-        rho, in_time = math.inf, 0.0
+        in_time = bend = 0.0
         last = math.log(count) + float(np.interp(count, (8, 15), (-0.25, 0.0)))
     else:
-        rho, table = _AUTO[order]
+        table = _AUTO[order]
         columns = zip(*table.values(), strict=True)
-        last, in_time = (float(np.interp(count, list(table), column)) for column in columns)
+        last, in_time, bend = (float(np.interp(count, list(table), column)) for column in columns)
     if final != "zero" or not schedule.lambda_(start) < last < highest:
         last = highest
     points = count if final == "zero" else count + 1
-    times = (1.0 - in_time) * power(schedule, start, points, last, rho) + in_time * np.linspace(
+    times = (1.0 - in_time) * power(schedule, start, points, last, bend) + in_time * np.linspace(
         start, schedule.t_min if last == highest else float(schedule.t_of_lambda(last)), points
     )
     return np.append(times, schedule.t_clean) if final == "zero" else _pinned(times, start, schedule.t_min)
