@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from diffalign.playground.captions import Claim, draw_claim
 
@@ -106,13 +107,27 @@ def relation_of(dx: float, dy: float) -> str:
 def _legal(claim: Claim, centres: np.ndarray, radii: np.ndarray) -> bool:
     for i in range(len(radii)):
         for j in range(i):
-            if np.hypot(*(centres[i] - centres[j])) < 1.12 * (radii[i] + radii[j]) + _GAP:
+            distance = np.hypot(*(centres[i] - centres[j]))
+            if distance < 1.12 * (radii[i] + radii[j]) + _GAP:
+                return False
+            pair = [Thing(*claim.things[k], *centres[k], radii[k]) for k in (i, j)]
+            if distance < sum(_reach(thing) for thing in pair) + _GAP and _touch(*pair):
                 return False
     if claim.relation is None:
         return True
     dx, dy = centres[0] - centres[1]
     near, far = sorted([abs(dx), abs(dy)])
     return far >= _DOMINANCE * near and relation_of(dx, dy) == claim.relation
+
+
+def _reach(thing: Thing) -> float:
+    """How far its farthest corner is from its centre."""
+    return thing.radius * float(np.hypot(*outline(thing.shape).T).max())
+
+
+def _touch(one: Thing, other: Thing) -> bool:
+    """Whether two things, corner to corner perhaps, have pixels in common or next to one another."""
+    return bool((ndimage.binary_dilation(coverage(one) > 0, np.ones((3, 3))) & (coverage(other) > 0)).any())
 
 
 @lru_cache
