@@ -21,8 +21,9 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers.dc_solver import CASCADE_SHAPE, DCSolverScheduler, compensation, quadratic
+from diffalign.solvers.options import check_choice
 from diffalign.solvers.sampling import ModelFn, sample
-from diffalign.solvers.scheduler import Array, check_choice
+from diffalign.solvers.scheduler import Array
 from diffalign.solvers.unipc import UniPCScheduler
 
 __all__ = ["Cascade", "DCRatios", "fit_cascade", "load_cascade", "reference_states", "search_dc_ratios"]

@@ -17,8 +17,9 @@ from diffusers.utils import logging
 from diffalign.errors import UserError
 from diffalign.solvers.exponential import Equation, Points, multistep, multistep_orders
 from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 from diffalign.solvers.unipc import (
     Corrected,
     Weights,

@@ -10,8 +10,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.solvers.options import scheduler_options
 from diffalign.solvers.plan import Plan, Row, linear, working_dtype
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["DDIMScheduler", "SchedulerMixin"]

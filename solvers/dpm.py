@@ -21,8 +21,9 @@ from diffalign.solvers.exponential import (
     singlestep_orders,
     split_ends,
 )
+from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, check_choice
+from diffalign.solvers.scheduler import Array, PlanScheduler
 
 # solver_type of other diffusers classes, which their configs carry over.
 _SOLVER_TYPES = {
@@ -33,6 +34,22 @@ _SOLVER_TYPES = {
     "bh2": "midpoint",
 }
 _RULES = {"midpoint": "midpoint", "heun": "taylor"}
+
+
+def dpm_options(
+    solver_order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_method: str = "multistep",
+    solver_type: str = "midpoint",
+    third_order: str = "taylor",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    final_sigmas_type: str = "zero",
+    denoise_to_zero: bool = False,
+    sde_eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> None:
+    """The options that both classes have; :class:`DPMSolverPPScheduler` explains them."""
 
 
 class DPMScheduler(PlanScheduler):

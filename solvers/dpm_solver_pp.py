@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffalign.solvers.dpm import DPMScheduler
-from diffalign.solvers.scheduler import SchedulerMixin, scheduler_options
+from diffalign.solvers.dpm import DPMScheduler, dpm_options
+from diffalign.solvers.options import scheduler_options
+from diffalign.solvers.scheduler import SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["DPMSolverPPScheduler", "SchedulerMixin"]
@@ -54,20 +55,6 @@ class DPMSolverPPScheduler(DPMScheduler):
 
     algorithms = ("dpmsolver++", "sde-dpmsolver++")
 
-    @scheduler_options
-    def __init__(
-        self,
-        solver_order: int = 2,
-        algorithm_type: str = "dpmsolver++",
-        solver_method: str = "multistep",
-        solver_type: str = "midpoint",
-        third_order: str = "taylor",
-        lower_order_final: bool = True,
-        euler_at_final: bool = False,
-        final_sigmas_type: str = "zero",
-        denoise_to_zero: bool = False,
-        sde_eta: float = 1.0,
-        s_noise: float = 1.0,
-        **shared: Any,
-    ) -> None:
+    @scheduler_options(beside=dpm_options)
+    def __init__(self, **shared: Any) -> None:
         self._check()

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers import grids
+from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Coefficient, Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 from diffalign.solvers.statistics import RANGE_SLACK, Sidecar, Statistics
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.

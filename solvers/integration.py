@@ -18,10 +18,10 @@ from torch import Tensor
 from diffalign.errors import RunFailed, UserError
 from diffalign.solvers.exponential import Equation, Points, Update, singlestep_end, update
 from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import linear, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, convert
 from diffalign.solvers.sampling import ModelFn
-from diffalign.solvers.scheduler import check_choice
 
 Array = NDArray[np.float64]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers.grids import auto_times, spaced_steps
+from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["PNDMScheduler", "SchedulerMixin", "adams_weights"]

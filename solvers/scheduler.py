@@ -1,32 +1,30 @@
 """What every scheduler of this package shares: the diffusers contract, written once over a plan.
 
-A subclass lists its own options in ``__init__`` (decorated with :func:`scheduler_options`, which adds those
-of :func:`_shared`) and implements ``_plan(times)``. Everything else is here: configs, grids, timesteps, the
-step, noising.
+A subclass lists its own options in ``__init__`` (decorated with
+:func:`~diffalign.solvers.options.scheduler_options`, which adds the shared ones) and implements
+``_plan(times)``. Everything else is here: configs, grids, timesteps, the step, noising.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffalign.errors import UserError, suggestion
+from diffalign.errors import UserError
 from diffalign.solvers import grids
 from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
 from diffalign.solvers.statistics import Sidecar
@@ -38,60 +36,6 @@ Array = NDArray[np.float64]
 _ALPHA_FLOOR = 2.0**-12
 # What from_pretrained hands on to a download.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-
-
-def _shared(
-    num_train_timesteps: int = 1000,
-    beta_start: float = 0.0001,
-    beta_end: float = 0.02,
-    beta_schedule: str = "linear",
-    trained_betas: list[float] | None = None,
-    prediction_type: str = "epsilon",
-    grid: str = "auto",
-    thresholding: bool = False,
-    dynamic_thresholding_ratio: float = 0.995,
-    sample_max_value: float = 1.0,
-    sample_min_value: float = 1.0,
-    use_karras_sigmas: bool = False,
-    use_exponential_sigmas: bool = False,
-    use_beta_sigmas: bool = False,
-    use_lu_lambdas: bool = False,
-    use_flow_sigmas: bool = False,
-    flow_shift: float = 1.0,
-    use_dynamic_shifting: bool = False,
-    time_shift_type: str = "exponential",
-    shift_terminal: float | None = None,
-    lambda_min_clipped: float = -math.inf,
-    timestep_spacing: str = "linspace",
-    steps_offset: int = 0,
-    rescale_betas_zero_snr: bool = False,
-) -> None:
-    """The options of every scheduler here, with their defaults.
-
-    All but ``grid`` and ``sample_min_value`` (:func:`threshold`) are diffusers'.
-    """
-
-
-def scheduler_options(init: Callable[..., None]) -> Callable[..., None]:
-    """Make ``__init__`` take the shared options beside its own, register all as config, and set up.
-
-    `init` names only what its class adds, or gives another default, and ends in ``**shared: Any``. It runs
-    first, so it need only check its own options; :meth:`PlanScheduler._setup` follows.
-    """
-    self_, *parameters = inspect.signature(init).parameters.values()
-    own = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
-    shared = inspect.signature(_shared).parameters
-    merged = {**shared, **own}
-    signature = inspect.Signature([self_, *merged.values()])
-
-    @functools.wraps(init)
-    def full(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs).arguments
-        init(self, **{name: value for name, value in given.items() if name in own})
-        self._setup()
-
-    full.__signature__ = signature  # type: ignore[attr-defined]
-    return register_to_config(full)
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):
@@ -124,7 +68,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------ construction and configs
 
     def _setup(self) -> None:
-        """Check the shared options and get ready; :func:`scheduler_options` calls it after ``__init__``."""
+        """Check the shared options and get ready; ``scheduler_options`` calls it after ``__init__``."""
         config = self.config
         check_prediction_type(config.prediction_type)
         check_choice("grid", config.grid, grids.GRIDS)
@@ -582,15 +526,6 @@ def _beside(folder: Any, subfolder: str | None, name: str, hub: dict[str, Any]) 
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **hub))
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """UserError that lists `allowed`, unless `value` of option `name` is among them."""
-    if value not in allowed:
-        raise UserError(
-            f"unknown {name} {value!r}{suggestion(str(value), list(allowed))}; "
-            f"it may be one of {', '.join(allowed)}"
-        )
 
 
 def _positive_int(value: Any) -> int:

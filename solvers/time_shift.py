@@ -15,8 +15,9 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers import SOLVERS
+from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.plan import Instruction, Plan, compile_plan, working_dtype
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = ["SchedulerMixin", "TimeShiftScheduler", "data_variance"]

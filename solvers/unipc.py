@@ -12,9 +12,10 @@ from diffusers.utils import logging
 
 from diffalign.errors import UserError
 from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Plan, Row
-from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin, check_choice, scheduler_options
+from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
 __all__ = [

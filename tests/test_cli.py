@@ -399,7 +399,14 @@ def test_ctrl_c_gives_one_sentence_and_130(tiny_folder, tmp_path):
 
     args = ["sample", "--model", tiny_folder, "--prompts", "a", "--steps", "900", "--device", "cpu"]
     command = [sys.executable, "-m", "diffalign", *args, "--output_dir", str(tmp_path / "o"), "--seeds"]
-    process = subprocess.Popen([*command, *map(str, range(200))], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *map(str, range(200))],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite in the background of a shell inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while "step" not in process.stderr.readline(200) and time.monotonic() < deadline:
         pass

@@ -98,26 +98,14 @@ def tiny_pipeline(seed: int = 0) -> Any:
     Its text encoder knows single characters, so any prompt is valid.
     """
     from diffusers import PNDMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     denoiser = unet("tiny", seed)
-    tokenizer = _character_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=tokenizer.model_max_length,
-    )
-
+    text_encoder, tokenizer = character_clip(CLIPTextModel)
     scheduler = PNDMScheduler.from_config(SD_SCHEDULER)
     pipe: Any = StableDiffusionPipeline(
         vae=vae("tiny", seed),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=denoiser,
         scheduler=scheduler,
@@ -128,6 +116,27 @@ def tiny_pipeline(seed: int = 0) -> Any:
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.eval()
     return pipe
+
+
+def character_clip(kind: type, **options: Any) -> tuple[Any, Any]:
+    """A tiny text encoder of class `kind` (of transformers' CLIP) and its tokenizer, which knows single
+    characters; `options` go to its config."""
+    from transformers import CLIPTextConfig
+
+    tokenizer = _character_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=tokenizer.model_max_length,
+        **options,
+    )
+    return kind(config), tokenizer
 
 
 def _character_tokenizer() -> Any:

@@ -23,6 +23,18 @@ from diffalign.solvers.prediction import check_prediction_type
 #: Where a LoRA lies in a folder of it, by diffusers' convention.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
+#: The attention of transformers that join image and text tokens (SD3, Flux).
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 #: pipeline class -> "module:adapter class"
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.models.sd:SDAdapter",

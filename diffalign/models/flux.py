@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.likelihood import Conditions
-from diffalign.models.base import ModelAdapter
+from diffalign.models.base import JOINT_ATTENTION, ModelAdapter
 
 
 class FluxAdapter(ModelAdapter):
@@ -22,16 +22,7 @@ class FluxAdapter(ModelAdapter):
     """
 
     denoiser_name = "transformer"
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
     guidance_scale = 1.0
 

@@ -8,23 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.likelihood import Conditions
-from diffalign.models.base import ModelAdapter
+from diffalign.models.base import JOINT_ATTENTION, ModelAdapter
 
 
 class SD3Adapter(ModelAdapter):
     """A ``StableDiffusion3Pipeline``. Conditions: ``prompt_embeds (rows, tokens, width)``, ``pooled``."""
 
     denoiser_name = "transformer"
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:

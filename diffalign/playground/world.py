@@ -89,8 +89,8 @@ def draw_scene(claim: Claim, rng: np.random.Generator) -> Scene:
     return Scene(
         claim,
         tuple(
-            Thing(colour, shape, float(x), float(y), float(r))
-            for (colour, shape), (x, y), r in zip(claim.things, centres, radii, strict=True)
+            _thing(named, centre, radius)
+            for named, centre, radius in zip(claim.things, centres, radii, strict=True)
         ),
         (float(background[0]), float(background[1]), float(background[2])),
         (float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.05, 0.05))),
@@ -110,7 +110,7 @@ def _legal(claim: Claim, centres: np.ndarray, radii: np.ndarray) -> bool:
             distance = np.hypot(*(centres[i] - centres[j]))
             if distance < 1.12 * (radii[i] + radii[j]) + _GAP:
                 return False
-            pair = [Thing(*claim.things[k], *centres[k], radii[k]) for k in (i, j)]
+            pair = [_thing(claim.things[k], centres[k], radii[k]) for k in (i, j)]
             if distance < sum(_reach(thing) for thing in pair) + _GAP and _touch(*pair):
                 return False
     if claim.relation is None:
@@ -118,6 +118,10 @@ def _legal(claim: Claim, centres: np.ndarray, radii: np.ndarray) -> bool:
     dx, dy = centres[0] - centres[1]
     near, far = sorted([abs(dx), abs(dy)])
     return far >= _DOMINANCE * near and relation_of(dx, dy) == claim.relation
+
+
+def _thing(named: tuple[str, str], centre: np.ndarray, radius: float) -> Thing:
+    return Thing(*named, x=float(centre[0]), y=float(centre[1]), radius=float(radius))
 
 
 def _reach(thing: Thing) -> float:

@@ -6,7 +6,6 @@ A method adds its options and turns log-ratios into a loss (:meth:`PairTrainer.p
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -289,9 +288,10 @@ class PairTrainer(Trainer[P]):
 
     # ---------------------------------------------------------------- likelihood and loss
 
-    @abstractmethod
     def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each pair and its logit ``z``, both ``(B,)``, from the errors of 2B rows."""
+        """Loss of each pair and its logit ``z``, both ``(B,)``, from the errors of 2B rows; what a method
+        provides, unless it has :meth:`losses` of its own."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         self._table: Tensor | None = None

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.likelihood import Errors
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.pairs import PairConfig, PairTrainer
 
@@ -35,9 +34,6 @@ class SFTTrainer(PairTrainer[SFTConfig]):
     method = "sft"
     needs_reference = False
     beta = 1.0
-
-    def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("fine-tuning sees one image of a pair")
 
     def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
         batch = self.batch(step, slots)

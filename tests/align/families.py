@@ -17,7 +17,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
@@ -25,7 +24,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffalign.bench.networks import SD_SCHEDULER, _character_tokenizer, tiny_pipeline
+from diffalign.bench.networks import SD_SCHEDULER, character_clip, tiny_pipeline
 
 
 def _vae(**options: Any) -> AutoencoderKL:
@@ -41,20 +40,7 @@ def _vae(**options: Any) -> AutoencoderKL:
 
 
 def _clip(kind: type, projection: int = 32) -> Any:
-    tokenizer = _character_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=projection,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=tokenizer.model_max_length,
-    )
-    return kind(config), tokenizer
+    return character_clip(kind, projection_dim=projection)
 
 
 def _t5() -> Any:
