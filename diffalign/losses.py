@@ -189,6 +189,27 @@ def offset_dpo(chosen: Tensor, rejected: Tensor, beta: Beta, *, offset: float | 
     return -logsigmoid(beta * (chosen - rejected) - offset)
 
 
+def odpo(chosen: Tensor, rejected: Tensor, beta: Beta, *, gap: float | Tensor, scale: float = 1.0) -> Tensor:
+    """:func:`offset_dpo` with the pair's gap in score, times `scale`, as its margin (ODPO, Amini et al. 2024,
+    eq. 8)."""
+    return offset_dpo(chosen, rejected, beta, offset=scale * gap)
+
+
+def soft_labels(
+    chosen: Tensor, rejected: Tensor, beta: Beta, *, gap: float | Tensor, temperature: float = 1.0
+) -> Tensor:
+    """``-P log s(z) - (1-P) log s(-z)``, ``P = s(gap / temperature)``: labels as sure as the scores are far
+    apart."""
+    z, sure = beta * (chosen - rejected), torch.sigmoid(torch.as_tensor(gap) / temperature)
+    return -sure * logsigmoid(z) - (1 - sure) * logsigmoid(-z)
+
+
+def sft(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
+    """``-beta p_w``, half of beta times the denoising error of the chosen image: fine-tuning, a term to add
+    to others. At weight 1 it pulls as hard as a pair that is not won yet pushes."""
+    return -beta * chosen
+
+
 def modpo(
     chosen: Tensor, rejected: Tensor, beta: Beta, *, gap: float | Tensor, weight: float = 0.5
 ) -> Tensor:
@@ -369,12 +390,15 @@ LOSSES: dict[str, Loss] = {
     "aot": Loss(aot, options=("label_smoothing",), inputs=("reference_margin",), batchwise=True),
     "aot_unpaired": Loss(aot_unpaired, options=("label_smoothing",), batchwise=True),
     "offset_dpo": Loss(offset_dpo, options=("offset",)),
+    "odpo": Loss(odpo, options=("scale",), inputs=("gap",)),
+    "soft_labels": Loss(soft_labels, options=("temperature",), inputs=("gap",)),
     "modpo": Loss(modpo, options=("weight",), inputs=("gap",)),
     "simpo": Loss(simpo, reference=False, options=("gamma", "label_smoothing")),
     "cpo": Loss(sigmoid, reference=False, options=("label_smoothing",)),
     "alphapo": Loss(alphapo, reference=False, options=("alpha", "gamma")),
     "orpo": Loss(orpo, reference=False),
     "mapo": Loss(mapo, reference=False, options=("snr", "steps", "sft_weight")),
+    "sft": Loss(sft, reference=False),
 }
 
 
@@ -533,3 +557,28 @@ def dspo_residual(residual: Tensor, shift: Tensor, logit: Tensor, beta: Beta) ->
     """
     factor = beta * torch.sigmoid(-logit)
     return residual - factor.reshape(-1, *[1] * (residual.ndim - 1)) * shift
+
+
+# ------------------------------------------------------- on sampling trajectories
+
+
+def clip_log_ratio(log_ratio: Tensor, epsilon: float) -> Tensor:
+    """``log clamp(e^d, 1 - epsilon, 1 + epsilon)``, with gradient exactly 0 outside, on both sides: what
+    D3PO, SPO and PSO put into :func:`sigmoid`. A ratio that moved the wrong way can't recover; log the
+    clipped share."""
+    return log_ratio.clamp(math.log1p(-epsilon), math.log1p(epsilon))
+
+
+def policy_gradient(
+    log_ratio: Tensor, advantage: Tensor, *, clip: float = 1e-4, advantage_clip: float = 5.0
+) -> Tensor:
+    """``max(-A q, -A clamp(q, 1 - clip, 1 + clip))``, ``q = e^d``: the loss of DDPO and Flow-GRPO.
+
+    Args:
+        log_ratio: ``(B,)`` of the policy to the one that drew the samples. A clip of 1e-4 belongs to means
+            over the elements of a latent, not to sums.
+        advantage: ``(B,)``; held within +-advantage_clip.
+    """
+    held = advantage.clamp(-advantage_clip, advantage_clip)
+    q = log_ratio.exp()
+    return torch.maximum(-held * q, -held * q.clamp(1 - clip, 1 + clip))

@@ -1,20 +1,11 @@
-"""How likely a denoiser finds an image: one surrogate for every preference loss.
-
-*Forward view* (this module today): noise a clean latent, let the network predict, and compare::
+"""The forward view: noise a clean latent, let the network predict, and compare::
 
     x_t = alpha(t) x0 + sigma(t) eps
     err = w(t) * mean((f(x_t, t, c) - y)^2)          y: the network's training target
     ell = -1/2 err                                   surrogate for log p(x0 | c)
 
-(Wallace et al. 2023; the weight of the evidence lower bound is folded into ``w`` and beta.) What a
-loss sees is the *log-ratio* ``d = ell_policy - ell_reference``, one float per row. A likelihood of sampling
-trajectories ends in the same place, a log-ratio ``(rows,)`` in float32, so every loss takes either.
-
-Precision: predictions and targets are brought to float32 *before* they are subtracted, and noise levels come
-from a float64 table. A reference reduced in half precision alone would give Diffusion-DPO's logit at beta
-5000 a spurious spread of 0.5 (fp16) to 3.6 (bf16). A policy equal to its reference has log-ratio exactly 0.
-
-Rows of pairs are ordered ``[chosen_1..chosen_B, rejected_1..rejected_B]``.
+(Wallace et al. 2023; the weight of the evidence lower bound is folded into ``w`` and beta.) Rows of pairs are
+ordered ``[chosen_1..chosen_B, rejected_1..rejected_B]``.
 """
 
 from __future__ import annotations
