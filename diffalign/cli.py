@@ -68,6 +68,12 @@ COMMANDS: dict[str, Command] = {
         "DCPO: Diffusion-DPO with a caption of its own for each image",
         "diffalign train dcpo --pretrained_model_name_or_path playground/sd --dataset_name captioned_pairs/",
     ),
+    "train flow-dpo": Command(
+        "diffalign.trainers.flow_dpo:FlowDPOConfig",
+        "diffalign.trainers.flow_dpo:run",
+        "Flow-DPO: Diffusion-DPO for flow models, SD3, Flux and video",
+        "diffalign train flow-dpo --config configs/train/flow_dpo_sd3.yaml --dataset_name my_pairs/",
+    ),
     "train mapo": Command(
         "diffalign.trainers.mapo:MaPOConfig",
         "diffalign.trainers.mapo:run",

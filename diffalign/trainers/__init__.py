@@ -8,6 +8,7 @@ DiffusionDPOTrainer(config, model=pipeline_or_path, dataset="my_pairs/").train()
 
 from diffalign.trainers.dcpo import DCPOConfig, DCPOTrainer
 from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from diffalign.trainers.flow_dpo import FlowDPOConfig, FlowDPOTrainer
 from diffalign.trainers.mapo import MaPOConfig, MaPOTrainer
 from diffalign.trainers.sft import SFTConfig, SFTTrainer
 
@@ -16,6 +17,8 @@ __all__ = [
     "DCPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "FlowDPOConfig",
+    "FlowDPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
     "SFTConfig",

@@ -29,3 +29,15 @@ def close(actual, wanted, dtype, msg=""):
 
 def gradient_close(actual, wanted, dtype):
     assert (actual - wanted).abs().max() <= GRADIENT_TOLERANCE[dtype] * wanted.abs().max()
+
+
+ONLINE = GOLDENS.parent / "losses_online"
+
+
+def load_online(file: str, case: str) -> dict[str, torch.Tensor]:
+    """The arrays of one case of tests/goldens/losses_online as tensors, by ``input/x`` and ``output/x``."""
+    start = case.replace("/", "__") + "__"
+    with np.load(ONLINE / f"{file}.npz") as arrays:
+        names = [name for name in arrays.files if name.startswith(start)]
+        assert names, case
+        return {name.removeprefix(start).replace("__", "/"): torch.tensor(arrays[name]) for name in names}
