@@ -176,7 +176,7 @@ class Transition:
         """
         along = np.asarray(times, dtype=np.float64)
         if along.ndim != 1 or len(along) < 2 or not np.all(np.diff(along) < 0):
-            raise UserError(f"the times of a sampler must fall from step to step, but they are {along.tolist()}")
+            raise UserError(f"the times of a sampler must fall step by step, but they are {along.tolist()}")
         alpha, sigma = schedule.alpha_sigma(along)
         return Transition.between(
             alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], kind, along[:-1], law=law, **options

@@ -48,7 +48,7 @@ def check_step(transition, case, output, *, tolerance):
     ):
         torch.testing.assert_close(actual, wanted, rtol=tolerance[0], atol=tolerance[1])
     (wanted,) = (v for k, v in case.items() if k.startswith("output/grad"))
-    # Small steps amplify the rounding of the state in float32, in the original as well.
+    # Small steps amplify the rounding in float32, in the original as well.
     assert (raw.grad - wanted).abs().max() <= 10 * tolerance[0] * wanted.abs().max()
 
 
@@ -58,9 +58,10 @@ def levels(alphas_cumprod):
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.5])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (1e-4, 1e-5)), ("float64", (1e-9, 1e-7))])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (1e-4, 5e-5)), ("float64", (1e-9, 1e-7))])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_ddim_step_as_published(kind, dtype, tolerance, eta):
+    """In float32 the original forms 1 - alpha_t^2/alpha_p^2 by a cancellation that costs its std 3e-5."""
     case = load("ddim_logprob", f"d3po_ddim_logprob/{kind}/{dtype}/eta{eta}")
     transition = Transition.between(
         *levels(case["input/alpha_t"]), *levels(case["input/alpha_prev"]), kind, law="ddim", eta=eta
@@ -360,5 +361,5 @@ def test_wrong_laws_are_refused(arguments, words):
 
 
 def test_times_must_fall():
-    with pytest.raises(UserError, match="must fall"):
+    with pytest.raises(UserError, match="must fall step by step"):
         Transition.along(SD, "epsilon", [1.0, 951.0])
