@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from diffalign.errors import UserError
 from diffalign.solvers.exponential import Equation, Points, multistep, multistep_orders
 from diffalign.solvers.noise import NoiseSchedule
-from diffalign.solvers.options import check_choice, scheduler_options
+from diffalign.solvers.options import check_choice, check_number, check_numbers, scheduler_options
 from diffalign.solvers.plan import Plan, Row
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 from diffalign.solvers.unipc import (
@@ -97,14 +97,20 @@ class DCSolverScheduler(PlanScheduler):
             raise UserError(f"solver_order of dpm-solver++ must be 1, 2 or 3, but is {solver_order}")
         if dc_order not in _DC_ORDERS:
             raise UserError(f"dc_order must be 1, 2 or 3, but is {dc_order}")
+        for name, value in (("last_step_ratio", last_step_ratio), ("guidance_scale", guidance_scale)):
+            if value is not None:
+                check_number(name, value)
         for name, values, count in (
-            ("last_step_ratio", None if last_step_ratio is None else [last_step_ratio], 1),
             ("cpr_coefficients", cpr_coefficients, math.prod(CASCADE_SHAPE)),
             ("cpr_last", cpr_last, 9),
             ("cpr_hull", cpr_hull, 4),
         ):
             if values is not None:
-                _check_numbers(name, values, count)
+                check_numbers(name, values, count)
+        if cpr_hull is not None and not (cpr_hull[0] <= cpr_hull[1] and cpr_hull[2] <= cpr_hull[3]):
+            raise UserError(
+                f"cpr_hull must be least and greatest number of steps and guidance scale, but is {cpr_hull}"
+            )
         if cpr_last is not None and cpr_coefficients is None:
             raise UserError("cpr_last belongs to cpr_coefficients; pass both")
         self._stored = _by_steps(dc_ratios)
@@ -125,7 +131,8 @@ class DCSolverScheduler(PlanScheduler):
         guidance_scale: float | None = None,
     ) -> None:
         """As :meth:`PlanScheduler.set_timesteps`; `guidance_scale` is for the cascade polynomial."""
-        self._guidance = self.config.guidance_scale if guidance_scale is None else float(guidance_scale)
+        given = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance = None if given is None else check_number("guidance_scale", given)
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
 
     @property
@@ -301,22 +308,11 @@ def _by_steps(ratios: Sequence[float] | Mapping[str, Sequence[float]] | None) ->
     if ratios is None:
         return {}
     if not isinstance(ratios, Mapping):
-        return {len(ratios): _check_numbers("dc_ratios", ratios)}
+        numbers = check_numbers("dc_ratios", ratios)
+        return {len(numbers): numbers}
     stored = {}
     for steps, values in ratios.items():
         if not str(steps).isdigit():
             raise UserError(f"dc_ratios by number of steps must have whole numbers as keys, not {steps!r}")
-        stored[int(steps)] = _check_numbers(f"dc_ratios of {steps} steps", values, int(steps))
+        stored[int(steps)] = check_numbers(f"dc_ratios of {steps} steps", values, int(steps))
     return stored
-
-
-def _check_numbers(name: str, values: Any, count: int | None = None) -> list[float]:
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        numbers = np.array(math.nan)
-    if numbers.ndim != 1 or not np.all(np.isfinite(numbers)) or len(numbers) == 0:
-        raise UserError(f"{name} must be finite numbers, but is {values!r}")
-    if count is not None and len(numbers) != count:
-        raise UserError(f"{name} must have {count} numbers, one has {len(numbers)}")
-    return numbers.tolist()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers import grids
-from diffalign.solvers.options import check_choice, scheduler_options
+from diffalign.solvers.options import check_choice, check_numbers, scheduler_options
 from diffalign.solvers.phi import phis
 from diffalign.solvers.plan import Coefficient, Plan, Row
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
@@ -87,7 +87,8 @@ class DPMSolverV3Scheduler(PlanScheduler):
         if solver_order not in (1, 2, 3):
             raise UserError(f"solver_order must be 1, 2 or 3, but is {solver_order}")
         check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        if len(corrector_range) != 2 or not 0.0 <= corrector_range[0] < corrector_range[1] <= 1.0:
+        first, last = check_numbers("corrector_range", corrector_range, 2)
+        if not 0.0 <= first < last <= 1.0:
             raise UserError(f"corrector_range must be (from, to] within 0 and 1, but is {corrector_range}")
         if isinstance(statistics, Statistics):
             statistics = statistics.record()
@@ -97,7 +98,7 @@ class DPMSolverV3Scheduler(PlanScheduler):
                 "Statistics.load(file) reads one"
             )
         # JSON has lists only.
-        self.register_to_config(statistics=statistics, corrector_range=[float(v) for v in corrector_range])
+        self.register_to_config(statistics=statistics, corrector_range=[first, last])
 
     def _setup(self) -> None:
         super()._setup()

@@ -6,8 +6,10 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from diffusers.configuration_utils import register_to_config
 
 from diffalign.errors import UserError, suggestion
@@ -81,3 +83,24 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
             f"unknown {name} {value!r}{suggestion(str(value), list(allowed))}; "
             f"it may be one of {', '.join(allowed)}"
         )
+
+
+def check_numbers(name: str, values: Any, count: int | None = None) -> list[float]:
+    """`values` of option `name` as floats; UserError unless they are finite numbers, `count` of them."""
+    try:
+        numbers = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        numbers = np.array(math.nan)
+    plain = numbers.ndim == 1 and numbers.size and numbers.dtype.kind in "iuf"
+    if not plain or not np.all(np.isfinite(numbers)):
+        raise UserError(f"{name} must be finite numbers, but is {values!r}")
+    if count is not None and len(numbers) != count:
+        raise UserError(f"{name} must have {count} numbers, one has {len(numbers)}")
+    return [float(v) for v in numbers]
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` of option `name` as a float; UserError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, but is {value!r}")
+    return float(value)

@@ -27,7 +27,7 @@ from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
-from diffalign.solvers.statistics import Sidecar
+from diffalign.solvers.statistics import Record, Sidecar
 
 Array = NDArray[np.float64]
 
@@ -131,9 +131,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Write ``scheduler_config.json`` and, beside it, the tensors that belong to this scheduler."""
-        for option in self._sidecars:
-            record = self.config.get(option)
-            if record is not None and getattr(record, "content", None) is not None:
+        # Those of another class too, which a config handed on keeps.
+        for record in self.config.values():
+            if isinstance(record, Record) and record.content is not None:
                 Path(save_directory).mkdir(parents=True, exist_ok=True)
                 record.content.save(Path(save_directory) / record["file"])
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -159,6 +159,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         for option, sidecar in cls._sidecars.items():
             record = config.get(option)
             if isinstance(record, Mapping) and option not in kwargs:
+                if not {"file", "sha256"} <= set(record):
+                    raise UserError(
+                        f"the entry {option!r} of scheduler_config.json does not say which file it means; "
+                        f"pass {option}=None to do without"
+                    )
                 path = _beside(source, subfolder, str(record["file"]), hub)
                 kwargs[option] = sidecar.load(path, str(record["sha256"]))
         return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)

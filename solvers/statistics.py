@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -63,7 +66,10 @@ class Sidecar:
         """The safetensors file."""
         from safetensors.numpy import save
 
-        header = json.dumps({"kind": self.kind, "format": FORMAT, **self.metadata()}, sort_keys=True)
+        try:
+            header = json.dumps({"kind": self.kind, "format": FORMAT, **self.metadata()}, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the info of statistics must be plain JSON: {error}") from error
         arrays = {name: np.ascontiguousarray(a) for name, a in self.arrays().items()}
         return bytes(save(arrays, metadata={_HEADER: header}))
 
@@ -108,16 +114,21 @@ class Sidecar:
             )
         try:
             with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                header = dict(json.loads((file.metadata() or {}).get(_HEADER, "{}")))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError, TypeError) as error:  # TypeError: a dtype that numpy lacks
             raise UserError(f"{str(path)!r} is damaged: {error}") from error
-        kind, version = header.pop("kind", None), header.pop("format", 0)
-        if kind != cls.kind or version > FORMAT:
+        kind, version = header.pop("kind", None), header.pop("format", None)
+        if kind != cls.kind or version not in range(1, FORMAT + 1):
             raise UserError(
                 f"{str(path)!r} holds {kind!r} in format {version}, not {cls.kind!r} up to format {FORMAT}"
             )
-        return cls.from_arrays(arrays, header)
+        try:
+            return cls.from_arrays(arrays, header)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{str(path)!r} is incomplete: {type(error).__name__} {error}") from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -163,7 +174,8 @@ class Statistics(Sidecar):
             if not np.all(np.isfinite(value)):
                 raise UserError(f"statistics {name} hold numbers that are not finite; estimate them anew")
         gaps = np.diff(self.lambdas)
-        if len(gaps) < 1 or gaps[0] <= 0 or np.ptp(gaps) > 1e-4 * gaps[0]:
+        # Written so that numbers that are not finite fail as well.
+        if len(gaps) < 1 or not (gaps[0] > 0 and np.ptp(gaps) <= 1e-4 * gaps[0]):
             raise UserError("the lambdas of statistics must be two or more, uniform and increasing")
 
     @property
@@ -244,11 +256,8 @@ class Statistics(Sidecar):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array], metadata: dict[str, Any]) -> Statistics:
-        missing = {"lambdas", "l", "s", "b"} - set(arrays)
-        if missing:
-            raise UserError(f"the statistics file lacks {', '.join(sorted(missing))}")
         rows = arrays["l"], arrays["s"], arrays["b"]
-        return cls(arrays["lambdas"], *rows, metadata.get("schedule", ""), metadata.get("info", {}))
+        return cls(arrays["lambdas"], *rows, metadata["schedule"], dict(metadata["info"]))
 
 
 def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
@@ -259,7 +268,8 @@ def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
 
 def _frozen(value: Any, dtype: Any = None) -> Array:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value if value.dtype == torch.float64 else value.float()).numpy()
     array = np.asarray(value)
     if dtype is None:
         dtype = np.float64 if array.dtype == np.float64 else np.float32
@@ -272,5 +282,8 @@ def _npz(path: str | Path, names: str) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {str(path)!r}; the published pair is l.npz and sb.npz") from error
+    # A plain .npy file is an array, which is no context manager and has no names.
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(f"{str(path)!r} is no .npz file with plain arrays {', '.join(names)}") from error

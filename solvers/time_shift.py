@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers import SOLVERS
-from diffalign.solvers.options import check_choice, scheduler_options
+from diffalign.solvers.options import check_choice, check_number, scheduler_options
 from diffalign.solvers.plan import Instruction, Plan, compile_plan, working_dtype
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
@@ -77,8 +77,9 @@ class TimeShiftScheduler(PlanScheduler):
         check_choice("solver", solver, [name for name in SOLVERS if name != "time-shift"])
         check_choice("mode", mode, MODES)
         check_choice("pool", pool, ("batch", "sample"))
-        if window < 0:
+        if check_number("window", window) < 0:
             raise UserError(f"window must be 0 or more training steps, but is {window}")
+        check_number("cutoff", cutoff)
         if data_variance is not None and not data_variance > 0:
             raise UserError(f"data_variance must be above 0, but is {data_variance}")
         if mode == "released" and solver not in ("ddim", "pndm"):
@@ -86,6 +87,12 @@ class TimeShiftScheduler(PlanScheduler):
         known = _own_options(solver)
         for name in solver_options or {}:
             check_choice(f"option of solver {solver!r}", name, known)
+        for name in SOLVERS[solver]._sidecars:  # type: ignore[attr-defined]
+            if (solver_options or {}).get(name) is not None:
+                raise UserError(
+                    f"time-shift has no place for the {name} of {solver}; pass "
+                    f"solver_options={{{name!r}: None}}, or use {solver} itself"
+                )
 
     def _setup(self) -> None:
         super()._setup()

@@ -312,11 +312,15 @@ def test_everything_survives_saving(tmp_path, tiny_sd):
         ({"dc_ratios": ["a"]}, "dc_ratios must be finite numbers"),
         ({"dc_ratios": {"five": [1.0]}}, "whole numbers as keys, not 'five'"),
         ({"dc_ratios": {"3": [1.0]}}, "dc_ratios of 3 steps must have 3 numbers"),
-        ({"last_step_ratio": math.inf}, "last_step_ratio must be finite"),
+        ({"last_step_ratio": math.inf}, "last_step_ratio must be a finite number"),
         ({"cpr_coefficients": [0.0] * 44}, "cpr_coefficients must have 45 numbers"),
         ({"cpr_coefficients": [0.0] * 45, "cpr_last": [1.0]}, "cpr_last must have 9 numbers"),
         ({"cpr_last": [1.0] * 9}, "cpr_last belongs to cpr_coefficients"),
         ({"cpr_hull": [1.0]}, "cpr_hull must have 4 numbers"),
+        ({"cpr_hull": [10, 5, 1, 4]}, "least and greatest"),
+        ({"dc_ratios": 1.5}, "dc_ratios must be finite numbers"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a finite number"),
     ],
 )
 def test_bad_options_are_refused(options, words):

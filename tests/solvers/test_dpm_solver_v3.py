@@ -197,6 +197,8 @@ def test_the_corrector_follows_the_guidance_of_the_statistics():
     [
         ({"solver_order": 4}, "solver_order"),
         ({"corrector_range": (0.5, 0.2)}, "corrector_range"),
+        ({"corrector_range": 0.5}, "corrector_range"),
+        ({"corrector_range": ("a", "b")}, "corrector_range"),
         ({"statistics": 3}, "Statistics.load"),
         ({"final_sigmas_type": "none"}, "final_sigmas_type"),
         ({"statistics": "published", "thresholding": True}, "thresholding"),

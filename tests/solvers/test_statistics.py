@@ -106,12 +106,63 @@ def test_shapes(sd_betas):
         ({"l": np.zeros((9, 4, 2, 1))}, "share the shape"),
         ({"s": np.full((9, 4, 1, 1), np.nan)}, "not finite"),
         ({"lambdas": np.arange(9.0) ** 2}, "uniform"),
+        ({"lambdas": np.full(9, np.nan)}, "uniform"),
     ],
 )
 def test_bad_tables(sd_betas, change, words):
     good = make(sd_betas)
     with pytest.raises(UserError, match=words):
         Statistics(**{**good.arrays(), **change})
+
+
+def test_tensors_of_half_precision_and_odd_info(sd_betas):
+    good = make(sd_betas)
+    half = {n: torch.tensor(v).bfloat16() for n, v in good.arrays().items() if n != "lambdas"}
+    assert Statistics(good.lambdas, **half).l.dtype == np.float32
+    with pytest.raises(UserError, match="plain JSON"):
+        Statistics(good.lambdas, good.l, good.s, good.b, info={"model": object()}).record()
+
+
+@pytest.mark.parametrize("header", ["[1]", '{"kind": "ems", "format": "x"}', '{"kind": "ems", "format": 1}'])
+def test_headers_of_others(sd_betas, tmp_path, header):
+    from safetensors.numpy import save_file
+
+    save_file(make(sd_betas).arrays(), tmp_path / FILE, metadata={"diffalign": header})
+    with pytest.raises(UserError, match=r"damaged|in format|incomplete"):
+        Statistics.load(tmp_path / FILE)
+
+
+def test_dtypes_that_numpy_lacks_are_refused(sd_betas, tmp_path):
+    from safetensors.torch import save_file
+
+    arrays = {n: torch.tensor(v).bfloat16() for n, v in make(sd_betas).arrays().items()}
+    save_file(arrays, tmp_path / FILE, metadata={"diffalign": '{"kind": "ems", "format": 1}'})
+    with pytest.raises(UserError, match="damaged"):
+        Statistics.load(tmp_path / FILE)
+
+
+def test_a_file_cut_anywhere_is_damaged(sd_betas, tmp_path):
+    whole = make(sd_betas).to_bytes()
+    for cut in (0, 7, 100, len(whole) - 1):
+        (tmp_path / FILE).write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="damaged"):
+            Statistics.load(tmp_path / FILE)
+
+
+def test_an_entry_that_names_no_file(sd_betas, tmp_path):
+    DPMSolverV3Scheduler(**sd_betas, statistics=make(sd_betas)).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["statistics"]["file"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"'statistics' of scheduler_config.json.*statistics=None"):
+        DPMSolverV3Scheduler.from_pretrained(tmp_path)
+
+
+def test_another_class_keeps_the_file_beside_its_config(sd_betas, tmp_path):
+    first = DPMSolverV3Scheduler(**sd_betas, statistics=make(sd_betas))
+    UniPCScheduler.from_config(first.config).save_pretrained(tmp_path)
+    assert DPMSolverV3Scheduler.from_pretrained(tmp_path).statistics.sha256 == first.statistics.sha256
 
 
 def test_published_files(sd_betas, tmp_path):
@@ -123,6 +174,13 @@ def test_published_files(sd_betas, tmp_path):
         tmp_path / "l.npz", tmp_path / "sb.npz", schedule=schedule, guidance_scale=2.0
     )
     assert found.sha256 == good.sha256
+    whole = (tmp_path / "sb.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:150] + b"0" * 40 + whole[190:]):
+        (tmp_path / "sb.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="plain arrays"):
+            Statistics.from_npz(tmp_path / "l.npz", tmp_path / "sb.npz", schedule=schedule)
+    with pytest.raises(UserError, match="there is no file"):
+        Statistics.from_npz(tmp_path / "nowhere.npz", tmp_path / "sb.npz", schedule=schedule)
     np.savez(tmp_path / "sb.npz", s=np.array([{}], dtype=object), b=good.b)
     with pytest.raises(UserError, match="plain arrays"):
         Statistics.from_npz(tmp_path / "l.npz", tmp_path / "sb.npz", schedule=schedule)
