@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 MIN_SIDE = 8  # pixels; below this a cell holds a tracking pixel or a placeholder, not a picture
 
@@ -18,7 +19,7 @@ class BadImage(Exception):
     """The cell gives no usable image; ``str(error)`` is the reason, one of `BAD_IMAGE`."""
 
 
-BAD_IMAGE = ("missing image", "unreadable image", "tiny image")
+BAD_IMAGE = ("missing image", "unreadable image", "tiny image", "too few frames")
 
 
 def load(cell: Any, root: Path) -> bytes | Image.Image:
@@ -97,16 +98,26 @@ def decode(payload: bytes | Image.Image) -> Image.Image:
     Raises:
         BadImage: truncated, not an image, or a side below `MIN_SIDE` pixels.
     """
+    return decode_clip(payload, 1)[0]
+
+
+def decode_clip(payload: bytes | Image.Image, frames: int) -> tuple[Image.Image, ...]:
+    """The first `frames` frames of an animation (WebP, PNG or GIF), each as :func:`decode` gives an image.
+
+    Raises:
+        BadImage: as :func:`decode`, or there are fewer frames.
+    """
     try:
         image = payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        rgb = _to_rgb(image)
+        sequence = islice(ImageSequence.Iterator(image), frames)
+        clip = tuple(_to_rgb(ImageOps.exif_transpose(frame)) for frame in sequence)
     except Exception as error:  # decoders of broken files raise nearly anything (OS, Syntax, struct, zlib)
         raise BadImage("unreadable image") from error
-    if min(rgb.size) < MIN_SIDE:
+    if len(clip) < frames:
+        raise BadImage("too few frames")
+    if min(clip[0].size) < MIN_SIDE:
         raise BadImage("tiny image")
-    return rgb
+    return clip
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -24,10 +24,10 @@ class View(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """One image at the training resolution.
+    """One image, or clip, at the training resolution.
 
     Attributes:
-        pixels: (3, height, width), float32 in [-1, 1].
+        pixels: (3, height, width), float32 in [-1, 1]; of a clip, (3, frames, height, width).
         original_size: (height, width) of the image before, in pixels: a condition of SDXL.
         crop_top_left: (top, left) of the crop in the resized (and mirrored) image, in pixels: likewise.
     """
@@ -42,8 +42,17 @@ def size_of(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
-def fit(image: Image.Image, resolution: int | tuple[int, int], view: View = View()) -> Fitted:  # noqa: B008
-    """Scale an RGB `image` until it just covers the resolution (antialiased bilinear) and crop by `view`."""
+def fit(
+    image: Image.Image | tuple[Image.Image, ...],
+    resolution: int | tuple[int, int],
+    view: View = View(),  # noqa: B008
+) -> Fitted:
+    """Scale an RGB `image` until it just covers the resolution (antialiased bilinear) and crop by `view`.
+
+    The frames of a clip are scaled and cropped alike."""
+    if not isinstance(image, Image.Image):
+        frames = [fit(frame, resolution, view) for frame in image]
+        return frames[0]._replace(pixels=torch.stack([frame.pixels for frame in frames], 1))
     height, width = size_of(resolution)
     scale = max(height / image.height, width / image.width)
     resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

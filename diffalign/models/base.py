@@ -41,6 +41,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "diffalign.models.sdxl:SDXLAdapter",
     "StableDiffusion3Pipeline": "diffalign.models.sd3:SD3Adapter",
     "FluxPipeline": "diffalign.models.flux:FluxAdapter",
+    "WanPipeline": "diffalign.models.video:WanAdapter",
 }
 
 EmptyCaption = Literal["as_pipeline", "encode", "zeros"]
@@ -61,6 +62,7 @@ class ModelAdapter(ABC):
     denoiser_name: ClassVar[str]  # the attribute of the pipeline, which is also the folder of its weights
     lora_targets: ClassVar[tuple[str, ...]]
     encoder_names: ClassVar[tuple[str, ...]]  # needed for encoding only, may leave the device afterwards
+    video: ClassVar[bool] = False  # whether images have a time axis: (rows, C, frames, H, W)
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline  # Any: which parts it has is known to the family, not to the type
@@ -149,10 +151,10 @@ class ModelAdapter(ABC):
     def _latent_units(self, like: Tensor) -> tuple[Any, Any]:
         """(shift, scale) from the autoencoder's latents to the denoiser's."""
         config = self.pipeline.vae.config
-        scale = config.scaling_factor
+        scale = config.get("scaling_factor") or 1.0
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (
-                torch.tensor(config[name]).view(1, -1, 1, 1).to(like)
+                torch.tensor(config[name]).view(1, -1, *[1] * (like.ndim - 2)).to(like)
                 for name in ("latents_mean", "latents_std")
             )
             return mean, scale / std
@@ -168,6 +170,11 @@ class ModelAdapter(ABC):
         """Side in pixels of the images that this model makes by default."""
         size = self.module.config.get("sample_size") or self.pipeline.default_sample_size
         return size * self.pipeline.vae_scale_factor
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]:
+        """``(C, h, w)`` of the latent of a square image of that side, by default the model's own."""
+        side = (resolution or self.default_resolution) // self.pipeline.vae_scale_factor
+        return (self.pipeline.vae.config.latent_channels, side, side)
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write the LoRA ``state`` (peft names) as ``pytorch_lora_weights.safetensors`` in diffusers'

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -15,6 +16,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextModel,
@@ -22,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from diffalign.bench.networks import SD_SCHEDULER, character_clip, tiny_pipeline
@@ -153,14 +159,61 @@ def flux() -> FluxPipeline:
     return pipe
 
 
+def wan(**options: Any) -> WanPipeline:
+    """Latents half as wide and high as the video, and half as long but for the first frame."""
+    _, tokenizer = _t5()
+    text = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.0, 2.0, 1.5],
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text),
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformer,
+        **options,
+    )
+
+
 BUILDERS = {"sd": tiny_pipeline, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+VIDEO_BUILDERS = {"wan": wan}
 
 
-def build(name: str) -> Any:
+def build(name: str, **options: Any) -> Any:
     """The same pipeline every time, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = BUILDERS[name]()
+        pipe = (BUILDERS | VIDEO_BUILDERS)[name](**options)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
