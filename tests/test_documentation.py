@@ -114,6 +114,6 @@ def test_the_trainer_walk_gives_a_trainer(tmp_path):
     trainer = module.GuardedSFTTrainer(config, model="owner/name", dataset="unused")
     assert not trainer.__abstractmethods__
     errors = Errors(policy=torch.tensor([1.0, 2.0]), reference=torch.tensor([1.0, 3.0]))
-    loss, logit = trainer.pair_loss(errors, torch.ones(1))
+    loss, logit = trainer.pair_loss(errors, batch=None)
     torch.testing.assert_close(loss, torch.tensor([1.25]))  # 1 + 0.5 relu(-(2 - 3) / 2)
     torch.testing.assert_close(logit, torch.tensor([-0.5]))

@@ -8,18 +8,55 @@ out, has the same strength at half the beta.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign.errors import UserError, suggestion
 from diffalign.likelihood import Errors
-from diffalign.losses import automatic_beta, get_loss
+from diffalign.losses import LOSSES, automatic_beta, get_loss
 from diffalign.trainers.base import TrainResult, run_once
+from diffalign.trainers.denoising import Batch
 from diffalign.trainers.pairs import PairConfig, PairTrainer
 
 MARGIN_MEMORY = 0.95  # of the running mean that an automatic beta follows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """One term of a weighted sum of losses.
+
+    Args:
+        name: a row of diffalign.losses.LOSSES.
+        weight: how much it counts.
+        beta: a beta of its own instead of beta_dpo.
+        options: settings of the loss.
+    """
+
+    name: str
+    weight: float = 1.0
+    beta: float | None = None
+    options: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: names the loss, or its setting, and the nearest known one.
+        """
+        loss = get_loss(self.name)
+        for name in self.options:
+            if name not in loss.options:
+                allowed = ", ".join(loss.options) or "none"
+                raise UserError(
+                    f"loss_type {self.name} has no setting {name!r}"
+                    f"{suggestion(name, list(loss.options))} (it has: {allowed})"
+                )
+        if self.beta is not None and self.beta <= 0:
+            raise UserError(f"beta of {self.name} must be above 0, but is {self.beta}")
 
 
 @dataclass(kw_only=True)
@@ -32,12 +69,15 @@ class DiffusionDPOConfig(PairConfig):
         beta_target: if above 0, beta follows the margins so that the mean gradient factor stays near this,
             such as 0.2; beta_dpo is where it starts.
         loss_type: a row of diffalign.losses.LOSSES: sigmoid, robust, ipo, hinge, exo_pair, nca_pair,
-            apo_zero, sppo, dpop, alpha_dpo, ...; simpo, cpo, alphapo, orpo and mapo need no reference.
+            apo_zero, sppo, dpop, alpha_dpo, ...; simpo, cpo, alphapo, orpo and mapo need no reference; modpo,
+            odpo and soft_labels need scores of both images (diffalign data score).
         label_smoothing: probability that a label is wrong; for sigmoid, robust, exo_pair, aot and a few
             more.
         loss_options: further settings of a loss, such as penalty for dpop or gamma for simpo.
         sft_weight: adds so many times the denoising error of the chosen image, in units of beta/2: 1 pulls as
             hard as an unsure pair pushes. A guard against falling winners.
+        losses: a weighted sum of losses in place of loss_type, each with a weight (1), a beta (beta_dpo) and
+            options of its own, such as [{name: sigmoid}, {name: sft, weight: 0.1}].
     """
 
     learning_rate: float = 1e-5
@@ -47,6 +87,7 @@ class DiffusionDPOConfig(PairConfig):
     label_smoothing: float = 0.0
     loss_options: dict[str, float] = field(default_factory=dict)
     sft_weight: float = 0.0
+    losses: list[LossTerm] = field(default_factory=list)
 
     def check(self) -> None:
         super().check()
@@ -54,27 +95,33 @@ class DiffusionDPOConfig(PairConfig):
         self._need("beta_target", 0 <= self.beta_target < 0.5, "at least 0 and below 0.5")
         self._need("label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5")
         self._need("sft_weight", self.sft_weight >= 0, "0 or more")
-        loss = get_loss(self.loss_type)
-        for name in self.options():
-            if name not in loss.options:
-                allowed = ", ".join(loss.options) or "none"
-                raise UserError(
-                    f"loss_type {self.loss_type} has no setting {name!r}"
-                    f"{suggestion(name, list(loss.options))} (it has: {allowed})"
-                )
-        if "gap" in loss.inputs:
-            raise UserError(f"loss_type {self.loss_type} needs score gaps, which this trainer does not read")
-        if self.low_memory and loss.batchwise:
+        alone = self.loss_type != "sigmoid" or self.label_smoothing or self.loss_options or self.sft_weight
+        if self.losses and alone:
             raise UserError(
-                f"loss_type {self.loss_type} compares the pairs of a batch, which low_memory takes one by one"
+                "losses take the place of loss_type, label_smoothing, loss_options and sft_weight: write "
+                "those as terms such as {name: robust, options: {label_smoothing: 0.1}} and {name: sft}"
             )
-        if self.reference_draws and not loss.reference:
-            raise UserError(f"loss_type {self.loss_type} needs no reference, so reference_draws must be 0")
+        for term in self.terms():
+            term.check()
+            if self.low_memory and LOSSES[term.name].batchwise:
+                raise UserError(
+                    f"loss_type {term.name} compares the pairs of a batch, which low_memory takes one by one"
+                )
+        if self.reference_draws and not self.needs_reference():
+            names = ", ".join(term.name for term in self.terms())
+            raise UserError(f"loss_type {names} needs no reference, so reference_draws must be 0")
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the loss."""
+    def terms(self) -> list[LossTerm]:
+        """The sum that is trained: `losses`, or what the options for a single loss amount to."""
+        if self.losses:
+            return self.losses
         smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        return smoothing | self.loss_options
+        main = LossTerm(name=self.loss_type, options=smoothing | self.loss_options)
+        return [main] + ([LossTerm(name="sft", weight=self.sft_weight)] if self.sft_weight else [])
+
+    def needs_reference(self) -> bool:
+        """Whether any term compares with a reference."""
+        return any(LOSSES[term.name].reference for term in self.terms())
 
 
 class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
@@ -84,8 +131,8 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
 
     def __init__(self, config: DiffusionDPOConfig, model: Any = None, dataset: Any = None) -> None:
         super().__init__(config, model, dataset)
-        self.loss = get_loss(config.loss_type)
-        self.needs_reference = self.loss.reference
+        self.terms = config.terms()
+        self.needs_reference = config.needs_reference()
         self.beta = config.beta_dpo
         self._margin: float | None = None
 
@@ -102,23 +149,39 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
         if self.config.beta_target and state:
             self._margin, self.beta = state["margin"], state["beta"]
 
-    def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
+    def open_data(self) -> None:
+        super().open_data()
+        asking = [term.name for term in self.terms if "gap" in LOSSES[term.name].inputs]
+        if not asking:
+            return
+        scores = self.pairs.properties("score")
+        missing = sum(not all(isinstance(s, int | float) and math.isfinite(s) for s in two) for two in scores)
+        if missing:
+            raise UserError(
+                f"loss_type {asking[0]} wants a score of both images of every pair, which {missing} of "
+                f"{len(self.pairs)} pairs lack: write them with 'diffalign data score'"
+            )
+
+    def pair_loss(self, errors: Errors, batch: Batch) -> tuple[Tensor, Tensor]:
         policy = -0.5 * errors.policy
         reference = None if errors.reference is None else -0.5 * errors.reference
-
-        def losses_of(policy: Tensor, reference: Tensor | None) -> Tensor:
-            return self.loss(policy, reference, self.beta, preference=preference, **config.options())
-
-        losses = losses_of(policy, reference)
-        if config.ties == "soft" and "preference" not in self.loss.inputs:
-            # The chosen one won only with this probability.
-            swapped = losses_of(swap(policy), None if reference is None else swap(reference))
-            losses = preference * losses + (1 - preference) * swapped
-        if config.sft_weight:
-            losses = losses + config.sft_weight * 0.5 * self.beta * errors.policy.chunk(2)[0]
+        terms = [term.weight * self._term(term, policy, reference, batch) for term in self.terms]
         chosen, rejected = errors.log_ratio().chunk(2)
-        return losses, self.beta * (chosen - rejected)
+        return torch.stack(terms).sum(0), self.beta * (chosen - rejected)
+
+    def _term(self, term: LossTerm, policy: Tensor, reference: Tensor | None, batch: Batch) -> Tensor:
+        """One loss ``(B,)`` of log-likelihoods ``(2B,)``."""
+        loss, preference = LOSSES[term.name], batch.preference
+        beta = self.beta if term.beta is None else term.beta
+        given = (policy, reference) if loss.reference else (policy, None)
+        options: dict[str, Any] = {**term.options}
+        losses = loss(*given, beta, preference=preference, gap=batch.gap, **options)
+        if self.config.ties != "soft" or "preference" in loss.inputs:
+            return losses
+        # The chosen one won only with this probability.
+        turned = (swap(policy), None if given[1] is None else swap(given[1]))
+        swapped = loss(*turned, beta, preference=preference, gap=-batch.gap, **options)
+        return preference * losses + (1 - preference) * swapped
 
 
 def swap(rows: Tensor) -> Tensor:

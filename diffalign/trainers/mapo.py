@@ -16,6 +16,7 @@ from torch import Tensor
 from diffalign import losses
 from diffalign.likelihood import Errors
 from diffalign.trainers.base import TrainResult, run_once
+from diffalign.trainers.denoising import Batch
 from diffalign.trainers.pairs import PairConfig, PairTrainer
 
 
@@ -54,7 +55,7 @@ class MaPOTrainer(PairTrainer[MaPOConfig]):
         """Of the logged rewards: with it their margin is the logit, to first order."""
         return self.config.snr * self.adapter.schedule.num_train_timesteps
 
-    def pair_loss(self, errors: Errors, preference: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, errors: Errors, batch: Batch) -> tuple[Tensor, Tensor]:
         config, steps = self.config, self.adapter.schedule.num_train_timesteps
         chosen, rejected = errors.log_ratio().chunk(2)
         options = {"snr": config.snr, "steps": float(steps), "sft_weight": config.sft_weight}

@@ -53,7 +53,7 @@ def test_the_logged_margin_of_mapo_is_its_logit(method):
     run = method("mapo", max_train_steps=1, learning_rate=0.0)
     run.train()
     errors = Errors(torch.tensor([0.010, 0.012]), None)
-    _, logit = run.pair_loss(errors, torch.ones(1))
+    _, logit = run.pair_loss(errors, batch=None)
     margin = -0.5 * run.beta * (errors.policy[0] - errors.policy[1])
     assert float(logit) == pytest.approx(float(margin), rel=0.01)
 

@@ -4,20 +4,22 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffalign import losses
-from diffalign.data import PairDataset
+from diffalign.data import PairDataset, open_pairs, write_pairs
 from diffalign.errors import RunFailed, UserError
 from diffalign.likelihood import Errors, add_noise, evaluate
 from diffalign.losses import LOSSES
 from diffalign.models.reference import frozen_copy
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
+from diffalign.trainers.diffusion_dpo import LossTerm
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -28,6 +30,11 @@ def unet_output(pipe):
     text = torch.randn(2, 16, 32, generator=generator)
     with torch.no_grad():
         return pipe.unet(x, torch.tensor([10, 600]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def judged(count, gap=0.0):
+    """What a batch of so many pairs says of them."""
+    return SimpleNamespace(preference=torch.ones(count), gap=torch.full((count,), gap))
 
 
 def load(folder):
@@ -239,7 +246,7 @@ def test_every_loss_overfits_sixteen_pairs(name):
         chosen, rejected = errors.log_ratio().chunk(2)
         # IPO and SPPO aim at a fixed margin, which a small beta lifts above the spread of the noise.
         reference = None if errors.reference is None else -0.5 * errors.reference
-        loss = row(-0.5 * errors.policy, reference, 5.0).mean()
+        loss = row(-0.5 * errors.policy, reference, 5.0, gap=torch.full((16,), 2.0)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -285,8 +292,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trainer, monk
     run = trainer(max_train_steps=5)
     honest = run.pair_loss
 
-    def poisoned(errors, preference):
-        per_pair, logit = honest(errors, preference)
+    def poisoned(errors, batch):
+        per_pair, logit = honest(errors, batch)
         bad = float("nan") if len(log(run.folder)) == 2 else 1.0
         return per_pair * bad, logit
 
@@ -366,7 +373,7 @@ def test_trackers_get_the_metrics(trainer, tmp_path):
 def test_label_smoothing_reaches_the_loss(trainer):
     run = trainer(label_smoothing=0.2, loss_type="robust")
     errors = Errors(torch.tensor([-0.002, 0.002]), torch.zeros(2))
-    got, logit = run.pair_loss(errors, torch.ones(1))
+    got, logit = run.pair_loss(errors, judged(1))
     assert logit.item() == pytest.approx(4.0)
     wanted = losses.robust(torch.tensor([0.001]), torch.tensor([-0.001]), 2000.0, label_smoothing=0.2)
     assert torch.equal(got, wanted)
@@ -510,3 +517,123 @@ def test_an_automatic_beta_holds_the_gradient_factor_and_resumes(trainer, log):
     assert again.beta == run.beta
     for p, q in zip(run.weights.trainable, again.weights.trainable, strict=True):
         assert torch.equal(p, q)
+
+
+# -------------------------------------------------------------------- several losses at once, scores
+
+
+def test_a_single_loss_and_its_guard_are_a_sum_of_two(trainer):
+    short = trainer("short", loss_type="robust", label_smoothing=0.2, sft_weight=0.3)
+    terms = [LossTerm(name="robust", options={"label_smoothing": 0.2}), LossTerm(name="sft", weight=0.3)]
+    long = trainer("long", losses=terms)
+    assert short.terms == long.terms
+    short.train()
+    long.train()
+    assert all(torch.equal(v, weights(long.folder)[k]) for k, v in weights(short.folder).items())
+
+
+def test_terms_have_weights_and_betas_of_their_own(trainer):
+    terms = [LossTerm(name="sigmoid"), LossTerm(name="simpo", weight=0.5, beta=3.0, options={"gamma": 0.1})]
+    run = trainer(losses=terms)
+    errors = Errors(torch.tensor([0.3, 0.2]), torch.tensor([0.31, 0.2]))
+    got, logit = run.pair_loss(errors, judged(1))
+    w, l, ref_w, ref_l = (torch.tensor([-0.5 * e]) for e in (0.3, 0.2, 0.31, 0.2))  # noqa: E741
+    wanted = losses.sigmoid(w - ref_w, l - ref_l, 2000.0) + 0.5 * losses.simpo(w, l, 3.0, gamma=0.1)
+    torch.testing.assert_close(got, wanted)
+    assert logit.item() == pytest.approx(10.0)
+
+
+def test_a_sum_without_any_reference_runs_none(trainer):
+    run = trainer(losses=[LossTerm(name="cpo", beta=10.0), LossTerm(name="sft", beta=1.0)])
+    run.train()
+    assert run.adapter.reference is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"losses": [LossTerm(name="sigmod")]}, "did you mean 'sigmoid'"),
+        ({"losses": [LossTerm(name="hinge", options={"beta": 1.0})]}, "hinge has no setting 'beta'"),
+        ({"losses": [LossTerm(name="hinge", beta=0.0)]}, "beta of hinge must be above 0"),
+        ({"losses": [LossTerm(name="hinge")], "sft_weight": 1.0}, "write those as terms"),
+        ({"losses": [LossTerm(name="sigmoid"), LossTerm(name="aot")], "low_memory": True}, "one by one"),
+        ({"losses": [LossTerm(name="sft")], "reference_draws": 1}, "sft needs no reference"),
+    ],
+    ids=str,
+)
+def test_sums_that_cannot_work_are_refused(trainer, options, words):
+    with pytest.raises(UserError, match=words):
+        trainer(**options)
+
+
+@pytest.fixture(scope="session")
+def scored_pairs(tmp_path_factory, pairs):
+    rows = [replace(pairs[i], scores=(0.5 + i / 32, 0.25)) for i in range(len(pairs))]
+    return open_pairs(write_pairs(tmp_path_factory.mktemp("scored") / "pairs", rows))
+
+
+def test_score_gaps_reach_the_loss(trainer, scored_pairs, log):
+    run = trainer(dataset=scored_pairs, loss_type="modpo", loss_options={"weight": 0.5}, max_train_steps=1)
+    run.train()
+    batch = run.batch(0, range(8))
+    assert batch.gap.tolist() == pytest.approx([0.25 + row / 32 for row in batch.rows])
+    # At the reference z = 0, which leaves the offset alone.
+    wanted = torch.nn.functional.softplus(batch.gap).mean().item()
+    assert log(run.folder)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_scores_that_are_missing_are_named_before_the_model_loads(
+    trainer, scored_pairs, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DiffusionDPOTrainer, "_load_model", lambda self: pytest.fail("the model was loaded"))
+    some = [replace(scored_pairs[i], scores=(1.0, None if i else 0.0)) for i in range(16)]
+    for number, data in enumerate((pairs, open_pairs(write_pairs(tmp_path / "some", some)))):
+        with pytest.raises(UserError, match=r"modpo wants a score .* 1[56] of 16 pairs lack.*data score"):
+            trainer(f"run{number}", dataset=data, losses=[LossTerm(name="modpo")]).train()
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction", "flow_prediction"])
+def prepared(request, model_folder, scored_pairs, shared_cache, tmp_path_factory):
+    """A trainer of each prediction type that has run one step, to be given other losses."""
+    pipe = load(model_folder)
+    if request.param == "flow_prediction":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    else:
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, prediction_type=request.param)
+    config = DiffusionDPOConfig(
+        output_dir=str(tmp_path_factory.mktemp(request.param)),
+        cache_dir=str(shared_cache),
+        train_batch_size=8,
+        max_train_steps=1,
+        learning_rate=1e-3,
+        rank=4,
+        checkpointing_steps=0,
+        progress=False,
+    )
+    run = DiffusionDPOTrainer(config, model=pipe, dataset=scored_pairs)
+    run.train()
+    assert run.adapter.prediction_type == request.param
+    return run
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_runs_on_every_prediction_type(prepared, name):
+    """A gradient step, taken small, lowers the loss of the very same pairs."""
+    run = prepared
+    run.terms = [LossTerm(name=name)]
+    run.needs_reference = LOSSES[name].reference
+    run.weights.use_as_reference()
+    run.beta = 20.0
+    parameters = run.weights.trainable
+    before = [p.detach().clone() for p in parameters]
+    sums = run.accumulate(0, range(8), 8, last=True)
+    norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    assert 0 < norm < math.inf
+    with torch.no_grad():
+        for p in parameters:
+            p -= 0.002 * p.grad / norm
+    after = run.accumulate(0, range(8), 8, last=True)
+    for p, value in zip(parameters, before, strict=True):
+        p.data.copy_(value)
+        p.grad = None
+    assert after[0] < sums[0]
