@@ -315,6 +315,7 @@ def judge(pipe: Any, aligned: Any, scorer: Any, config: DemoConfig) -> Contest:
     """Part 4: both models draw the same held-out captions from the same noises."""
     from diffalign.pipelines.load import make_scheduler
     from diffalign.playground.captions import draw_captions
+    from diffalign.rewards import score_images
 
     captions = draw_captions(1000, config.eval_prompts, held_out=True)
     seeds = [10_000_000 + i for i in range(len(captions))]
@@ -323,7 +324,7 @@ def judge(pipe: Any, aligned: Any, scorer: Any, config: DemoConfig) -> Contest:
         for model, label in ((pipe, "base"), (aligned, "aligned"))
     ]
     true = [verified(captions, images) for images in drawn]
-    scores = [scorer.score(captions, images) for images in drawn]
+    scores = [score_images(scorer, images, captions) for images in drawn]
     return Contest(captions, drawn[0], drawn[1], true[0], true[1], scores[0], scores[1])
 
 

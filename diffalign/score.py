@@ -1,24 +1,15 @@
-"""``diffalign data score``: what a reward model thinks of both images of every pair."""
+"""``diffalign data score``: what a reward thinks of both images of every pair."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
 
 from diffalign.data.convert import CopyConfig, copy
 from diffalign.data.pairs import Pair
-
-
-class Reward(Protocol):
-    """How good are images for prompts?"""
-
-    def score(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
-        """Rewards, (N,), of (N, H, W, 3) uint8 images; higher is better."""
+from diffalign.errors import UserError
+from diffalign.rewards import Aggregate, Reward, RewardSpec, load_rewards, score_images
+from diffalign.rewards.preprocess import Preprocess
 
 
 @dataclass(kw_only=True)
@@ -28,58 +19,69 @@ class ScoreConfig(CopyConfig):
     Read it with selection.label_by=scores and the better score wins; selection.margin asks for a difference.
 
     Attributes:
-        reward: playground/scorer, or folder or hub id of an open_clip model such as PickScore.
+        rewards: what scores: names, with the path of the weights after an equals sign where a reward has
+            some (pickscore=models/PickScore_v1), or {name: ..., path: ..., weight: ..., at_least: ...,
+            options: {...}}. Names: pickscore, clip, hpsv2, aesthetic, image-reward, step-aware, multi-head,
+            jpeg-compressibility, jpeg-incompressibility, playground/scorer, playground/verifier.
+        aggregate: of several, their weighted sum, the worst (wco), or mean minus variance (uwo).
+        coefficient: what uwo multiplies the variance with.
+        rejected_score: what an image gets that a gate (at_least) rejects.
+        preprocess: tensor, or pil to resize as released scorers do.
         relabel: let the better score be the chosen image in what is written; equal scores are a tie.
+        batch_size: images in one call of the reward.
         device: cpu, cuda, ...
     """
 
-    reward: str = "playground/scorer"
+    rewards: list[RewardSpec | str] = field(default_factory=lambda: ["playground/scorer"])
+    aggregate: Aggregate = "sum"
+    coefficient: float = 1.0
+    rejected_score: float | None = None
+    preprocess: Preprocess = "tensor"
     relabel: bool = False
+    batch_size: int = 32
     device: str = "cpu"
     shard_rows: int = 256
 
 
-def add_scores(pairs: list[Pair], reward: Reward, *, relabel: bool = False) -> list[Pair]:
+def add_scores(
+    pairs: list[Pair], reward: Reward, *, relabel: bool = False, batch_size: int = 32
+) -> list[Pair]:
     """The pairs with a score for each image; with `relabel` the better score is the chosen one."""
-    images = [np.asarray(image) for pair in pairs for image in (pair.chosen, pair.rejected)]
+    images = [image for pair in pairs for image in (pair.chosen, pair.rejected)]
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
-    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for place, image in enumerate(images):
-        by_size[image.shape].append(place)
-    scores = np.zeros(len(images))
-    for places in by_size.values():
-        scores[places] = reward.score([prompts[i] for i in places], np.stack([images[i] for i in places]))
+    scores = score_images(reward, images, prompts, batch_size=batch_size).reshape(-1, 2)
     scored = [
         replace(pair, scores=(float(chosen), float(rejected)))
-        for pair, (chosen, rejected) in zip(pairs, scores.reshape(-1, 2), strict=True)
+        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
     ]
     return [_relabelled(pair) for pair in scored] if relabel else scored
-
-
-def load_reward(name: str, device: str = "cpu") -> Any:
-    """A reward model by name: the playground's scorer, or an open_clip folder or hub id.
-
-    Raises:
-        UserError: there is none.
-    """
-    from diffalign.playground import load_scorer
-    from diffalign.rewards.open_clip import OpenCLIPReward
-
-    reward = load_scorer() if name == "playground/scorer" else OpenCLIPReward.from_pretrained(name)
-    return reward.to(device)
 
 
 def run(config: ScoreConfig) -> Path:
     """The command ``diffalign data score``; returns the folder.
 
     Raises:
-        UserError: pairs, reward model or output folder can't be used.
+        UserError: pairs, rewards or output folder can't be used.
     """
+    if config.batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {config.batch_size}")
     dataset = config.open()
-    reward = load_reward(config.reward, config.device)
-    settings = {"reward": config.reward, "relabel": config.relabel}
+    reward = load_rewards(
+        config.rewards,
+        aggregate=config.aggregate,
+        coefficient=config.coefficient,
+        rejected_score=config.rejected_score,
+        device=config.device,
+        preprocess=config.preprocess,
+    )
+    decides = ("rewards", "aggregate", "coefficient", "rejected_score", "preprocess", "relabel")
+    settings = {name: value for name, value in asdict(config).items() if name in decides}
     return copy(
-        config, dataset, lambda pairs: add_scores(pairs, reward, relabel=config.relabel), settings, "score"
+        config,
+        dataset,
+        lambda pairs: add_scores(pairs, reward, relabel=config.relabel, batch_size=config.batch_size),
+        settings,
+        "score",
     )
 
 

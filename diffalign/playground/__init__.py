@@ -15,7 +15,7 @@ from diffalign.errors import UserError, suggestion
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from diffalign.rewards.open_clip import OpenCLIPReward
+    from diffalign.rewards.clip import ClipReward
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MODELS = ("sd", "scorer")
@@ -52,8 +52,8 @@ def load(name: str = "sd") -> StableDiffusionPipeline:
     return pipe
 
 
-def load_scorer() -> OpenCLIPReward:
+def load_scorer() -> ClipReward:
     """The shipped contrastive scorer."""
-    from diffalign.rewards.open_clip import OpenCLIPReward
+    from diffalign.rewards.playground import scorer
 
-    return OpenCLIPReward.from_pretrained(model_path("scorer"))
+    return scorer()

@@ -93,6 +93,7 @@ def draw_candidates(
         scorer: has ``score(prompts, (N, H, W, 3) uint8) -> (N,)``.
     """
     from diffalign.pipelines.load import make_scheduler
+    from diffalign.rewards import score_images
 
     prompts = [c for c in captions for _ in range(images)]
     seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
@@ -106,7 +107,7 @@ def draw_candidates(
         batch_size=batch_size,
         progress=progress,
     )
-    scores = scorer.score(prompts, drawn.images)
+    scores = score_images(scorer, drawn.images, prompts)
     shape = (len(captions), images)
     return Candidates(
         list(captions), drawn.images.reshape(*shape, *drawn.images.shape[1:]), scores.reshape(shape)

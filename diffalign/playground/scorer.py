@@ -167,17 +167,17 @@ def measure(folder: Path, *, seed: int, n: int = 1000) -> dict[str, float]:
     ``captions``: of a clean image, the true caption scores above one with a single attribute changed.
     ``images``: for one caption, a true image scores above a damaged one that is false.
     """
-    from diffalign.rewards.open_clip import OpenCLIPReward
+    from diffalign.rewards import load_reward, score_images
 
-    reward = OpenCLIPReward.from_pretrained(folder)
+    reward = load_reward("pickscore", folder)
     rng = np.random.default_rng(seed)
     scenes = [scene(seed, i) for i in range(n)]
     clean = np.stack([render(s) for s in scenes])
-    true = reward.score([s.caption for s in scenes], clean)
-    false = reward.score([str(change_one_word(s.claim, rng)) for s in scenes], clean)
+    true = score_images(reward, clean, [s.caption for s in scenes])
+    false = score_images(reward, clean, [str(change_one_word(s.claim, rng)) for s in scenes])
     broken = np.stack([damage(s, rng) for s in scenes])
     wrong = [not judge(s.claim, *find(image)).true for s, image in zip(scenes, broken, strict=True)]
-    worse = reward.score([s.caption for s in scenes], broken)
+    worse = score_images(reward, broken, [s.caption for s in scenes])
     return {"captions": float(np.mean(true > false)), "images": float(np.mean((true > worse)[wrong]))}
 
 

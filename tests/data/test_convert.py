@@ -18,6 +18,7 @@ from diffalign.data.stats import stats, token_counter
 from diffalign.errors import UserError
 from diffalign.playground import synth
 from diffalign.playground.verifier import verify
+from diffalign.rewards import Reward
 
 
 def contents(dataset) -> list:
@@ -150,25 +151,25 @@ def test_convert_command(rich, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ score
 
 
-class Brightness:
-    """The brighter, the better; only images of one size come in one call."""
+class Brightness(Reward):
+    """The brighter, the better, in grey levels."""
 
-    def score(self, prompts, images: np.ndarray) -> np.ndarray:
-        assert len(prompts) == len(images)
-        return images.mean((1, 2, 3))
+    def rewards(self, images, prompts):
+        return 255 * images.mean((1, 2, 3))
 
 
 def test_scores_of_images_of_any_size_and_labels_from_them(make):
     pairs = [replace(pair, scores=(None, None)) for pair in make.lists(3)]
     pairs[1] = replace(pairs[1], chosen=make.picture(5, (24, 10)), rejected=make.picture(6, (9, 30)))
-    scored = score.add_scores(pairs, Brightness())
+    scored = score.add_scores(pairs, Brightness("brightness"))
     for before, after in zip(pairs, scored, strict=True):
         assert after.scores == pytest.approx((np.mean(before.chosen), np.mean(before.rejected)))
         assert after.chosen is before.chosen
-    for pair in score.add_scores(pairs, Brightness(), relabel=True):
+    for pair in score.add_scores(pairs, Brightness("brightness"), relabel=True):
         assert pair.scores[0] >= pair.scores[1]
         assert np.mean(pair.chosen) >= np.mean(pair.rejected)
-    equal = score.add_scores([replace(pairs[0], rejected=pairs[0].chosen)], Brightness(), relabel=True)
+    same = [replace(pairs[0], rejected=pairs[0].chosen)]
+    equal = score.add_scores(same, Brightness("brightness"), relabel=True)
     assert equal[0].preference == 0.5
 
 
@@ -178,7 +179,7 @@ def test_relabelled_copies_swap_the_stored_bytes(make, tmp_path):
     convert.convert(
         source,
         tmp_path / "out",
-        annotate=lambda pairs: score.add_scores(pairs, Brightness(), relabel=True),
+        annotate=lambda pairs: score.add_scores(pairs, Brightness("brightness"), relabel=True),
         progress=False,
     )
     swapped = 0
@@ -198,8 +199,8 @@ def test_score_command_with_the_playground_scorer(tmp_path, capsys):
     labels = open_pairs(tmp_path / "out")
     agreed = sum(a.digests == b.digests for a, b in zip(pairs, labels, strict=True))
     assert agreed >= 6
-    assert main([*command, "--overwrite", "--reward", str(tmp_path)]) == 2
-    assert "no open_clip model" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--rewards", f"pickscore={tmp_path}"]) == 2
+    assert "no CLIP model" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ caption

@@ -15,7 +15,7 @@ from diffalign.playground.captions import all_captions, change_one_word
 from diffalign.playground.fit import fit
 from diffalign.playground.sd import make_tokenizer, tokenize
 from diffalign.playground.verifier import verify
-from diffalign.rewards.open_clip import OpenCLIPReward
+from diffalign.rewards import load_reward, score_images
 
 
 def fit_line(folder, stop_at=None, bad_at=None, steps=30):
@@ -116,9 +116,9 @@ def test_build_refuses_a_used_folder_and_other_options_on_resume(built):
 def test_scorer_is_built_and_loads_as_an_open_clip_folder(tmp_path):
     facts = run(BuildConfig(what="scorer", output_dir=str(tmp_path), images=64, steps=2))
     assert 0 <= facts["captions"] <= 1
-    reward = OpenCLIPReward.from_pretrained(tmp_path / "scorer")
+    reward = load_reward("pickscore", tmp_path / "scorer")
     images = np.zeros((3, 64, 64, 3), np.uint8)
-    assert reward.score(["a red star"] * 3, images).shape == (3,)
+    assert score_images(reward, images, ["a red star"] * 3).shape == (3,)
     assert json.loads((tmp_path / "scorer/facts.json").read_text())["images"] == facts["images"]
 
 

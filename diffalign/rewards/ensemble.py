@@ -1,0 +1,125 @@
+"""Several rewards as one: weighted sums, the worst of them, their mean less their disagreement, and gates.
+
+The two conservative ones are those of Coste et al. (2023), *Reward Model Ensembles Help Mitigate
+Overoptimization*: a policy that is trained on one reward model learns its mistakes; several seldom make the
+same ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.rewards.base import Reward
+
+Aggregate = Literal["sum", "wco", "uwo"]
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward of a configuration file.
+
+    Attributes:
+        name: its name in `REWARDS`.
+        path: folder, file or hub id of its weights, where it has any.
+        weight: what its score is multiplied with.
+        at_least: makes it a gate: it adds nothing to the score, but an image that it scores below this is
+            rejected.
+        options: what else its loader takes, such as {clip: openai/clip-vit-large-patch14}.
+    """
+
+    name: str
+    path: str | None = None
+    weight: float = 1.0
+    at_least: float | None = None
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A reward with its part in an ensemble, see :class:`RewardSpec`."""
+
+    reward: Reward
+    weight: float = 1.0
+    at_least: float | None = None
+
+
+# Of ``(K, B)`` weighted scores and UWO's coefficient.
+_AGGREGATES: dict[Aggregate, Callable[[Tensor, float], Tensor]] = {
+    "sum": lambda scores, _: scores.sum(0),
+    "wco": lambda scores, _: scores.amin(0),
+    "uwo": lambda scores, coefficient: scores.mean(0) - coefficient * scores.var(0, unbiased=False),
+}
+
+
+class Ensemble(Reward):
+    """One score from those of several rewards.
+
+    Args:
+        members: the rewards; those with ``at_least`` are gates.
+        aggregate: over the weighted scores of the others, ``sum``, ``wco`` (worst case: the smallest) or
+            ``uwo`` (mean minus `coefficient` times their variance).
+        coefficient: of ``uwo``.
+        rejected_score: what an image gets that a gate rejects; needed with a gate, since no number is bad for
+            every reward.
+
+    Raises:
+        UserError: no reward that counts, a gate without `rejected_score`, an option that is none.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        aggregate: Aggregate = "sum",
+        coefficient: float = 1.0,
+        rejected_score: float | None = None,
+    ) -> None:
+        names = [member.reward.name for member in members]
+        super().__init__(names[0] if len(names) == 1 else f"{aggregate}({', '.join(names)})")
+        scored = [member for member in members if member.at_least is None]
+        if aggregate not in get_args(Aggregate):
+            raise UserError(f"aggregate must be one of {', '.join(get_args(Aggregate))}, not {aggregate!r}")
+        if not scored:
+            raise UserError(f"rewards {names} have none that scores: leave at_least out of one of them")
+        if len(scored) < len(members) and rejected_score is None:
+            raise UserError("a gate (at_least) needs rejected_score: what an image gets that it rejects")
+        if aggregate == "uwo" and coefficient < 0:
+            raise UserError(f"the coefficient of uwo must be 0 or more, but is {coefficient}")
+        self.members = list(members)
+        self.aggregate: Aggregate = aggregate
+        self.coefficient, self.rejected_score = coefficient, rejected_score
+        self.judges = nn.ModuleList(member.reward for member in members)
+        self.differentiable = all(member.reward.differentiable for member in scored)
+        repeated = Counter(names)
+        self._labels = [
+            f"{name}#{names[: i + 1].count(name)}" if repeated[name] > 1 else name
+            for i, name in enumerate(names)
+        ]
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The score of each member as it is, gates included; two of one name are numbered."""
+        found = {}
+        for label, member in zip(self._labels, self.members, strict=True):
+            given = images if member.at_least is None else images.detach()
+            found[label] = member.reward.score(given, prompts)
+        return found
+
+    def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.combine(self.parts(images, prompts))
+
+    def combine(self, parts: dict[str, Tensor]) -> Tensor:
+        """One score ``(B,)`` from what :meth:`parts` gave."""
+        pairs = list(zip(self.members, parts.values(), strict=True))
+        weighted = torch.stack([m.weight * score for m, score in pairs if m.at_least is None])
+        total = _AGGREGATES[self.aggregate](weighted, self.coefficient)
+        for member, score in pairs:
+            if member.at_least is not None and self.rejected_score is not None:
+                total = torch.where(score >= member.at_least, total, self.rejected_score)
+        return total

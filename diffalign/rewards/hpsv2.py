@@ -1,0 +1,40 @@
+"""HPSv2 and HPSv2.1 (Wu et al. 2023): a ViT-H/14 fine-tuned on human rankings, plain ``cos(image, text)``.
+
+Images keep their shape: the longer side is brought to 224 and black is put around, before normalising.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffalign.rewards.clip import ClipReward, OpenClip, open_clip_pixels
+from diffalign.rewards.files import fill, local, needed, one_file, read_weights
+from diffalign.rewards.preprocess import Preprocess
+
+FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    architecture: str = "ViT-H-14",
+    version: str = "2.1",
+    preprocess: Preprocess = "tensor",
+) -> ClipReward:
+    """From the published file, a folder with it, or a hub id.
+
+    Args:
+        path: the file decides the version; in a folder or on the hub `version` does.
+        architecture: the open_clip model that the weights are of.
+        version: 2.1 or 2.
+    """
+    import open_clip
+
+    name = FILES[0] if version == "2.1" else FILES[1]
+    where = local(needed(path, reward="hpsv2", example="xswu/HPSv2"), reward="hpsv2", files=[name])
+    file = one_file(where, [name], reward="hpsv2")
+    state = read_weights(file, reward="hpsv2")
+    model = open_clip.create_model(architecture, pretrained=None)
+    fill(model, state, reward="hpsv2", path=file)
+    clip = OpenClip(model, open_clip.get_tokenizer(architecture), *open_clip_pixels(model))
+    return ClipReward("hpsv2", clip, scale=1.0, fit="pad", preprocess=preprocess)
