@@ -107,8 +107,8 @@ COMMANDS: dict[str, Command] = {
     "data score": Command(
         "diffalign.score:ScoreConfig",
         "diffalign.score:run",
-        "score both images of every pair with a reward model",
-        "diffalign data score --dataset my_pairs/ --output_dir scored --reward playground/scorer",
+        "score both images of every pair with rewards",
+        "diffalign data score --dataset my_pairs/ --output_dir scored --rewards playground/scorer",
     ),
     "data caption": Command(
         "diffalign.data.caption:CaptionConfig",
