@@ -1,4 +1,4 @@
-"""Latents and text embeddings of a preference set, computed once.
+"""Latents and text embeddings of pairs or of single images, computed once.
 
 In a training step the image encoder costs about as much as a forward pass of the denoiser, and its results
 never change. An image is known by its content: SHA-256 of its bytes, with crop and flip, in a store named
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from diffalign.data.pairs import PairDataset
 from diffalign.data.shards import ShardedRows, ShardStore, row_shapes
 from diffalign.data.transforms import Fitted, PairTransform, size_of
+from diffalign.data.unpaired import ImageDataset
 from diffalign.data.walk import Visit, content_key, walk
 from diffalign.errors import RunFailed, UserError
 from diffalign.output import write_json
@@ -35,35 +37,40 @@ EncodePrompts = Callable[[list[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class CachedPairs:
-    """Encoded pairs by index.
+class CachedExamples:
+    """Encoded pairs, or single images, by index.
 
     Attributes:
-        ids: id of each pair.
-        prompts: prompt of each pair.
-        preference: (N,) float32, probability that the chosen image is the better one.
-        weight: (N,) float32 with mean 1, how much each pair counts.
+        ids: id of each row.
+        prompts: prompt of each row.
+        sides: images of a row: 2 for pairs, chosen then rejected; 1 for single images.
+        preference: (N,) float32, probability that the chosen image is the better one; of a single image, that
+            it is a good one.
+        weight: (N,) float32 with mean 1, how much each row counts.
+        gap: (N,) float32, by how much the chosen image's score is higher; NaN where there are no scores.
         in_memory: whether `latents`, `std` and `cond` are tensors; otherwise use :meth:`batch`.
         joint_flip: whether a drawn flip applies to both images of a pair.
     """
 
     ids: list[str]
     prompts: list[str]
+    sides: int
     preference: Tensor
     weight: Tensor
+    gap: Tensor
     in_memory: bool
     joint_flip: bool
-    _images: dict[str, Tensor | ShardedRows] = field(repr=False)  # (variants * N * 2, ...)
+    _images: dict[str, Tensor | ShardedRows] = field(repr=False)  # (variants * N * sides, ...)
     _cond: dict[str, Tensor | ShardedRows] = field(repr=False)  # (distinct texts, ...)
-    _text_index: Tensor = field(repr=False)  # (N, 2, K) int64: of chosen and rejected, K texts to draw from
-    _text_count: Tensor = field(repr=False)  # (N,) int64: how many of the K are this pair's
+    _text_index: Tensor = field(repr=False)  # (N, sides, K) int64: of each image, K texts to draw from
+    _text_count: Tensor = field(repr=False)  # (N,) int64: how many of the K are this row's
     _variants: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row of :meth:`batch` without a generator: latents (2, C, h, w), cond {name: (...)}, ..."""
+        """One row of :meth:`batch` without a generator: latents (sides, C, h, w), cond {name: (...)}."""
         row = self.batch([range(len(self))[index]])
         return {
             name: {k: c[0] for k, c in v.items()} if isinstance(v, dict) else v[0] for name, v in row.items()
@@ -72,25 +79,26 @@ class CachedPairs:
     def batch(
         self, indices: Iterable[int] | Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        """The pairs at `indices` (B of them), on the CPU.
+        """The rows at `indices` (B of them), on the CPU.
 
         With a CPU `generator`, latents are sampled from their moments (where the encoder gave moments),
-        mirrored variants are drawn (where cached), and one of a pair's prompts (where it has several);
+        mirrored variants are drawn (where cached), and one of a row's prompts (where it has several);
         without, they are the mean of the unmirrored images with the first prompt.
 
         Returns:
-            ``latents`` (B, 2, C, h, w) float32, chosen then rejected; ``cond`` {name: (B, ...)} as stored,
-            of both images, or of the chosen ones where `own_captions`, which adds ``cond_rejected``;
-            ``preference`` and ``weight`` (B,) float32; ``original_size`` and ``crop_top_left`` (B, 2, 2)
-            int64, each (height, width) or (top, left) in pixels of the chosen and of the rejected image.
+            ``latents`` (B, sides, C, h, w) float32; ``cond`` {name: (B, ...)} as stored, of all images of the
+            row, or of the chosen ones where `own_captions`, which adds ``cond_rejected``; ``preference``,
+            ``weight`` and ``gap`` (B,) float32; ``original_size`` and ``crop_top_left`` (B, sides, 2) int64,
+            each (height, width) or (top, left) in pixels of an image.
         """
         index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.long)
-        flip = torch.zeros(len(index), 2, dtype=torch.long)
+        sides = self.sides
+        flip = torch.zeros(len(index), sides, dtype=torch.long)
         if generator is not None and self._variants == 2:
-            flip = torch.randint(2, (len(index), 2), generator=generator)
-            flip = flip[:, :1].expand(-1, 2) if self.joint_flip else flip
-        rows = ((flip * len(self) + index[:, None]) * 2 + torch.arange(2)).flatten()
-        images = {name: values[rows].unflatten(0, (-1, 2)) for name, values in self._images.items()}
+            flip = torch.randint(2, (len(index), sides), generator=generator)
+            flip = flip[:, :1].expand(-1, sides) if self.joint_flip else flip
+        rows = ((flip * len(self) + index[:, None]) * sides + torch.arange(sides)).flatten()
+        images = {name: values[rows].unflatten(0, (-1, sides)) for name, values in self._images.items()}
         latents = images["latents"].float()
         if generator is not None and "std" in images:
             latents += images["std"].float() * torch.randn(latents.shape, generator=generator)
@@ -98,48 +106,51 @@ class CachedPairs:
         if generator is not None and self._text_index.shape[2] > 1:
             drawn = torch.rand(len(index), generator=generator, dtype=torch.float64)
             text = (drawn * self._text_count[index]).long()
-        chosen, rejected = self._text_index[index, :, text].T
-        conds = {"cond": chosen} | ({"cond_rejected": rejected} if self.own_captions else {})
+        texts = self._text_index[index, :, text].T
+        conds = {"cond": texts[0]} | ({"cond_rejected": texts[1]} if self.own_captions else {})
         return {
             "latents": latents,
             **{what: {name: c[rows] for name, c in self._cond.items()} for what, rows in conds.items()},
             "preference": self.preference[index],
             "weight": self.weight[index],
+            "gap": self.gap[index],
             "original_size": images["original_size"].long(),
             "crop_top_left": images["crop_top_left"].long(),
         }
 
     @property
     def latents(self) -> Tensor:
-        """(N, 2, C, h, w) in the dtype of the cache: chosen then rejected, unmirrored; means of moments."""
-        return self._whole(self._images["latents"])[: 2 * len(self)].unflatten(0, (-1, 2))
+        """(N, sides, C, h, w) in the dtype of the cache, unmirrored; means of moments."""
+        return self._plain("latents")
 
     @property
     def std(self) -> Tensor | None:
-        """(N, 2, C, h, w), standard deviation of the encoder's posterior; None if it gave plain latents."""
-        if "std" not in self._images:
-            return None
-        return self._whole(self._images["std"])[: 2 * len(self)].unflatten(0, (-1, 2))
+        """(N, sides, C, h, w), deviation of the encoder's posterior; None if it gave plain latents."""
+        return self._plain("std") if "std" in self._images else None
 
     @property
     def cond(self) -> dict[str, Tensor]:
-        """{name: (distinct texts, ...)}; row `prompt_index[i]` belongs to pair `i`."""
+        """{name: (distinct texts, ...)}; row `prompt_index[i]` belongs to row `i`."""
         return {name: self._whole(values) for name, values in self._cond.items()}
 
     @property
     def prompt_index(self) -> Tensor:
-        """(N,) int64: which row of `cond` each pair's (chosen image's) first text is."""
+        """(N,) int64: which row of `cond` each row's (chosen image's) first text is."""
         return self._text_index[:, 0, 0]
 
     @property
     def own_captions(self) -> bool:
         """Whether any two images of a pair have captions that differ."""
-        return not torch.equal(self._text_index[:, 0], self._text_index[:, 1])
+        return not torch.equal(self._text_index[:, 0], self._text_index[:, -1])
 
     @property
     def draws(self) -> bool:
         """Whether :meth:`batch` draws a flip or a prompt from its generator."""
         return self._variants > 1 or self._text_index.shape[2] > 1
+
+    def _plain(self, name: str) -> Tensor:
+        whole = self._whole(self._images[name])
+        return whole[: self.sides * len(self)].unflatten(0, (-1, self.sides))
 
     def _whole(self, values: Tensor | ShardedRows) -> Tensor:
         if isinstance(values, ShardedRows):
@@ -147,8 +158,8 @@ class CachedPairs:
         return values
 
 
-def cached_pairs(
-    dataset: PairDataset,
+def cached_examples(
+    dataset: PairDataset | ImageDataset,
     folder: str | Path | None = None,
     *,
     encode_images: EncodeImages,
@@ -165,22 +176,22 @@ def cached_pairs(
     process: tuple[int, int] = (0, 1),
     barrier: Callable[[], None] | None = None,
     progress: bool = True,
-) -> CachedPairs:
+) -> CachedExamples:
     """Encode what the cache in `folder` lacks, and open it.
 
     Args:
-        dataset: the pairs. A bad row is replaced as ``dataset[i]`` replaces it.
+        dataset: pairs or single images. A bad row is replaced as ``dataset[i]`` replaces it.
         folder: where the cache lives; several models, resolutions and data sets may share one. None keeps it
             in memory.
-        encode_images: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU -> latents (B, C, h, w) in the units
-            that the denoiser sees, or ``{"mean": ..., "std": ...}`` of the same shape and units, which keeps
-            sampling stochastic.
+        encode_images: pixels (B, 3, H, W) float32 in [-1, 1] on the CPU (of clips, (B, 3, frames, H, W)) ->
+            latents (B, C, h, w) in the units that the denoiser sees, or ``{"mean": ..., "std": ...}`` of the
+            same shape and units, which keeps sampling stochastic.
         encode_prompts: B prompts -> {name: (B, ...)}, of a length that does not depend on the prompts.
         key: what the encoders are, as JSON values (model name, weights hash, dtype...): another key, another
             cache entry. Encoders whose weights change must change it.
         resolution: side of a square or (height, width), in pixels.
-        center_crop: centre; otherwise one place per pair, drawn from the images' content.
-        random_flip: cache both variants, from which :meth:`CachedPairs.batch` draws.
+        center_crop: centre; otherwise one place per row, drawn from the images' content.
+        random_flip: cache both variants, from which :meth:`CachedExamples.batch` draws.
         joint: same crop and flip for both images of a pair.
         posterior: ``sample`` keeps mean and std where the encoder gives both, ``mean`` only the mean, in half
             the room.
@@ -193,7 +204,7 @@ def cached_pairs(
         progress: show a bar where there is a terminal.
 
     Raises:
-        UserError: `key` is not JSON, or no pair is usable.
+        UserError: `key` is not JSON, or no row is usable.
         RunFailed: an encoder gave a value that is not finite, or too large for `dtype`.
         ValueError: an encoder gave a wrong number of rows, or rows of changing shape.
     """
@@ -204,8 +215,9 @@ def cached_pairs(
         raise ValueError("processes that share a cache need a folder and a barrier")
     transform = PairTransform(resolution, center_crop, random_flip, joint)
     encoders = {"key": dict(key), "dtype": str(dtype).removeprefix("torch.")}
-    sized = encoders | {"resolution": list(size_of(resolution))}
+    sized: dict[str, Any] = encoders | {"resolution": list(size_of(resolution))}
     sized |= {"posterior": "mean"} if posterior == "mean" else {}
+    sized |= {"frames": dataset.frames} if dataset.frames else {}
 
     def encode_fitted(batch: list[Any]) -> dict[str, Tensor]:
         encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
@@ -221,7 +233,7 @@ def cached_pairs(
             "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
         }
 
-    def fill(part: PairDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
+    def fill(part: PairDataset | ImageDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
         """Encode what is missing for a part of the data set."""
         images, texts = _store(folder, "images", sized), _store(folder, "prompts", encoders)
         visits: list[Visit] = []
@@ -247,7 +259,7 @@ def cached_pairs(
         barrier()
     images, texts, visits, wanted = fill(dataset)
     by_variant = zip(*(visit.keys for visit in visits), strict=True)
-    image_keys = [key for variant in by_variant for two in variant for key in two]
+    image_keys = [key for variant in by_variant for row in variant for key in row]
     image_rows = images.rows(image_keys, memory_limit)
     cond = texts.rows([content_key(text) for text in wanted], memory_limit)
     number = {text: i for i, text in enumerate(wanted)}
@@ -256,11 +268,13 @@ def cached_pairs(
         [[number[text] for text in side] + [number[side[0]]] * (most - len(side)) for side in visit.texts]
         for visit in visits
     ]
-    return CachedPairs(
+    return CachedExamples(
         ids=[visit.id for visit in visits],
         prompts=[visit.prompt for visit in visits],
+        sides=dataset.sides,
         preference=torch.tensor([visit.preference for visit in visits], dtype=torch.float32),
         weight=torch.tensor(dataset.weights, dtype=torch.float32),
+        gap=_gaps(dataset, [visit.id for visit in visits]),
         in_memory=not any(isinstance(rows, ShardedRows) for rows in (image_rows | cond).values()),
         joint_flip=joint,
         _images=image_rows,
@@ -269,6 +283,23 @@ def cached_pairs(
         _text_count=torch.tensor([len(visit.texts[0]) for visit in visits]),
         _variants=1 + random_flip,
     )
+
+
+def _gaps(dataset: PairDataset | ImageDataset, ids: list[str]) -> Tensor:
+    """Score of the chosen image less that of the rejected one, NaN without both; by `ids`, since a row may
+    stand in for another."""
+    if not isinstance(dataset, PairDataset):
+        return torch.full((len(ids),), math.nan)
+    scores = zip(dataset.ids, dataset.properties("score"), strict=True)
+    gaps = {row: _number(chosen) - _number(rejected) for row, (chosen, rejected) in scores}
+    return torch.tensor([gaps[row] for row in ids], dtype=torch.float32)
+
+
+def _number(cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _fill(

@@ -8,12 +8,12 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, overload
 
 from PIL import Image
 
 from diffalign.data import images
-from diffalign.data.images import BadImage
+from diffalign.data.images import BadImage, Clip
 from diffalign.data.rows import CHOICES, Place, Row
 from diffalign.data.tables import Table
 from diffalign.errors import UserError
@@ -22,7 +22,27 @@ logger = logging.getLogger(__name__)
 
 LOUD = 10  # replaced rows that are logged as warnings; the rest are only counted
 
-T = TypeVar("T")
+
+class Example(Protocol):
+    """What a pair and a single image have in common: `sides` images, what they show and how good they are."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def images(self) -> tuple[Image.Image | Clip, ...]: ...
+    @property
+    def digests(self) -> tuple[str, ...]: ...
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+    @property
+    def preference(self) -> float: ...
+
+
+T = TypeVar("T", bound=Example)
 R = TypeVar("R", bound=Row)
 
 
@@ -56,6 +76,8 @@ class Examples(Sequence[T], Generic[T, R]):
         self._told: set[tuple[int, str]] = set()
 
     what = "example"  # as messages call one
+    sides: ClassVar[int]  # images of an example
+    frames = 0  # of each image, if they are clips
 
     @abstractmethod
     def _example(self, row: R, payloads: list[bytes | Image.Image]) -> T:
@@ -107,10 +129,27 @@ class Examples(Sequence[T], Generic[T, R]):
         except BadImage:
             return None
 
+    def digests(self, index: int) -> tuple[str, ...] | None:
+        """SHA-256 of the bytes of each image of row `index` itself, nothing decoded; None if it is bad."""
+        payloads = self.payloads(index)
+        try:
+            return None if payloads is None else tuple(map(images.digest, payloads))
+        except BadImage:
+            return None
+
     def select(self, indices: Iterable[int]) -> Self:
         """The examples at `indices`, in that order, as a data set of its own."""
         rows = [self._rows[index] for index in indices]
-        return type(self)(self._table, self._columns, rows, self._skipped, min_side=self._min_side)
+        selected = type(self)(self._table, self._columns, rows, self._skipped, min_side=self._min_side)
+        selected.frames = self.frames
+        return selected
+
+    def as_clips(self, frames: int) -> Self:
+        """The same examples with the first `frames` frames of each animation in place of its first image; a
+        row with fewer is a bad one."""
+        clips = self.select(range(len(self)))
+        clips.frames, clips._skipped = frames, dict(self._skipped)
+        return clips
 
     def split_by_prompt(self, held_out: float, seed: int = 0) -> tuple[Self, Self]:
         """Two sets (rest, held out) that share no prompt; the second gets about the share `held_out` of them.
@@ -130,6 +169,26 @@ class Examples(Sequence[T], Generic[T, R]):
     def prompts(self) -> list[str]:
         """Prompt of every row (the first, where a row has several), no image touched."""
         return [row.prompts[0] for row in self._rows]
+
+    @property
+    def all_prompts(self) -> list[tuple[str, ...]]:
+        """All prompts of every row."""
+        return [row.prompts for row in self._rows]
+
+    @property
+    @abstractmethod
+    def captions(self) -> list[tuple[str, ...]]:
+        """What each image of every row shows, no image touched."""
+
+    @property
+    @abstractmethod
+    def preferences(self) -> list[float]:
+        """``preference`` of every row, no image touched."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of every row, mean 1."""
+        return [1.0] * len(self)
 
     @property
     def ids(self) -> list[str]:

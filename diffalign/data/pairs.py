@@ -13,7 +13,7 @@ from PIL import Image
 from diffalign.data import images
 from diffalign.data.columns import resolve
 from diffalign.data.examples import BadRow, Examples, reasons
-from diffalign.data.images import BadImage
+from diffalign.data.images import BadImage, Clip
 from diffalign.data.rows import (
     CHOICES,
     NO_VERDICT,
@@ -49,6 +49,8 @@ class Pair:
         prompts: all prompts of the row, `prompt` first.
         scores: of each image, higher is better; None where there is none.
         models: what made each image; None where it is not said.
+        clips: both as clips, where the set was opened so (:meth:`PairDataset.as_clips`); `chosen` and
+            `rejected` are their first frames.
     """
 
     id: str
@@ -61,14 +63,21 @@ class Pair:
     prompts: tuple[str, ...] = ()
     scores: tuple[float | None, float | None] = (None, None)
     models: tuple[str | None, str | None] = (None, None)
+    clips: tuple[Clip, Clip] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "captions", tuple(caption or self.prompt for caption in self.captions))
         object.__setattr__(self, "prompts", self.prompts or (self.prompt,))
 
+    @property
+    def images(self) -> tuple[Image.Image | Clip, Image.Image | Clip]:
+        """Chosen and rejected, as clips where they are."""
+        return self.clips or (self.chosen, self.rejected)
+
     def swapped(self) -> Pair:
         """The opposite verdict: the images change places, with all that belongs to them."""
         turned = {name: getattr(self, name)[::-1] for name in ("digests", "captions", "scores", "models")}
+        turned |= {"clips": self.clips and self.clips[::-1]}
         return replace(self, chosen=self.rejected, rejected=self.chosen, **turned)
 
 
@@ -81,6 +90,7 @@ class PairDataset(Examples[Pair, PairRow]):
     """
 
     what = "pair"
+    sides = 2
     prompt_weights = False
 
     @classmethod
@@ -108,16 +118,9 @@ class PairDataset(Examples[Pair, PairRow]):
             raise UserError(f"lists of pairs must have one length, got {lengths}")
         return pairs_of(ListTable("the lists", lists), ties=ties, max_bad=max_bad)
 
-    def digests(self, index: int) -> tuple[str, str] | None:
-        """SHA-256 of the bytes of (chosen, rejected) of row `index` itself, nothing decoded; None if bad."""
-        payloads = self.payloads(index)
-        if payloads is None:
-            return None
-        try:
-            chosen, rejected = map(images.digest, payloads)
-        except BadImage:
-            return None
-        return None if chosen == rejected else (chosen, rejected)
+    def digests(self, index: int) -> tuple[str, ...] | None:
+        found = super().digests(index)
+        return None if found is None or found[0] == found[1] else found
 
     def select(self, indices: Iterable[int]) -> Self:
         selected = super().select(indices)
@@ -130,7 +133,7 @@ class PairDataset(Examples[Pair, PairRow]):
         return [_preference(row) for row in self._rows]
 
     @property
-    def captions(self) -> list[tuple[str, str]]:
+    def captions(self) -> list[tuple[str, ...]]:
         """``Pair.captions`` of every row, no image touched."""
         return [
             (_caption(chosen, row), _caption(rejected, row))
@@ -145,11 +148,6 @@ class PairDataset(Examples[Pair, PairRow]):
         cells = Cells(self._table, self._columns)
         places = ((row.number, *self._places(row)) for row in self._rows)
         return [(cells.of(what, n, chosen), cells.of(what, n, rejected)) for n, chosen, rejected in places]
-
-    @property
-    def all_prompts(self) -> list[tuple[str, ...]]:
-        """``Pair.prompts`` of every row."""
-        return [row.prompts for row in self._rows]
 
     @property
     def weights(self) -> list[float]:
@@ -167,19 +165,20 @@ class PairDataset(Examples[Pair, PairRow]):
         digests = tuple(map(images.digest, payloads))
         if digests[0] == digests[1]:
             raise BadImage("identical images")
-        chosen, rejected = map(images.decode, payloads)
+        chosen, rejected = (images.decode_clip(payload, self.frames or 1) for payload in payloads)
         captions, scores, models = (self._both(row, what) for what in ("caption", "score", "model"))
         return Pair(
             id=row.id,
             prompt=row.prompts[0],
-            chosen=chosen,
-            rejected=rejected,
+            chosen=chosen[0],
+            rejected=rejected[0],
             preference=_preference(row),
             digests=(digests[0], digests[1]),
             captions=(_caption(captions[0], row), _caption(captions[1], row)),
             prompts=row.prompts,
             scores=scores,
             models=models,
+            clips=(chosen, rejected) if self.frames else None,
         )
 
     def _both(self, row: PairRow, what: str) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from PIL import Image
 from diffalign.data import images
 from diffalign.data.columns import resolve_images
 from diffalign.data.examples import BadRow, Examples, reasons
+from diffalign.data.images import Clip
 from diffalign.data.pairs import PairDataset, check_limits, pairs_of
 from diffalign.data.rows import ImageRow, Place, image_rows
 from diffalign.data.tables import Table, open_table
@@ -27,6 +28,7 @@ class LabelledImage:
         image: RGB, upright.
         label: probability that it is a good one, 0 to 1; None where nobody judged.
         digest: SHA-256 of the encoded bytes.
+        clip: its frames, where the set was opened so (:meth:`ImageDataset.as_clips`).
     """
 
     id: str
@@ -34,24 +36,73 @@ class LabelledImage:
     image: Image.Image
     label: float | None = None
     digest: str = ""
+    clip: Clip | None = None
+
+    @property
+    def prompts(self) -> tuple[str]:
+        """Of the row: there is one."""
+        return (self.prompt,)
+
+    @property
+    def images(self) -> tuple[Image.Image | Clip]:
+        """The image or clip, as one of a pair's would be."""
+        return (self.clip or self.image,)
+
+    @property
+    def digests(self) -> tuple[str]:
+        """That of the image."""
+        return (self.digest,)
+
+    @property
+    def captions(self) -> tuple[str]:
+        """The prompt."""
+        return (self.prompt,)
+
+    @property
+    def preference(self) -> float:
+        """The label; 1 where nobody judged."""
+        return 1.0 if self.label is None else self.label
 
 
 class ImageDataset(Examples[LabelledImage, ImageRow]):
     """Single images by index, decoded when asked for; bad ones are replaced as in :class:`PairDataset`."""
 
     what = "image"
+    sides = 1
 
     @property
     def labels(self) -> list[float | None]:
         """``LabelledImage.label`` of every row, no image touched."""
         return [row.label for row in self._rows]
 
+    @property
+    def scores(self) -> list[float | None]:
+        """Score of every row, higher is better; None where there is none."""
+        return [row.score for row in self._rows]
+
+    @property
+    def captions(self) -> list[tuple[str, ...]]:
+        """The prompt of every row."""
+        return [(prompt,) for prompt in self.prompts]
+
+    @property
+    def preferences(self) -> list[float]:
+        """``LabelledImage.preference`` of every row, no image touched."""
+        return [1.0 if label is None else label for label in self.labels]
+
     def _places(self, row: ImageRow) -> tuple[Place]:
         return (row.place,)
 
     def _example(self, row: ImageRow, payloads: list[bytes | Image.Image]) -> LabelledImage:
-        image = images.decode(payloads[0])
-        return LabelledImage(row.id, row.prompts[0], image, row.label, images.digest(payloads[0]))
+        clip = images.decode_clip(payloads[0], self.frames or 1)
+        return LabelledImage(
+            id=row.id,
+            prompt=row.prompts[0],
+            image=clip[0],
+            label=row.label,
+            digest=images.digest(payloads[0]),
+            clip=clip if self.frames else None,
+        )
 
 
 def open_images(
@@ -94,7 +145,7 @@ def open_images(
             break
         else:
             rows.append(row)
-    return _opened(table, roles, rows, skipped, min_side, max_bad, scan)
+    return opened(table, roles, rows, skipped, min_side, max_bad, scan)
 
 
 def _apart(pairs: PairDataset, limit: int | None, min_side: int, max_bad: float, scan: int) -> ImageDataset:
@@ -104,10 +155,10 @@ def _apart(pairs: PairDataset, limit: int | None, min_side: int, max_bad: float,
         for row in pairs._rows
         for place, side, label in zip(pairs._places(row), ("chosen", "rejected"), (1.0, 0.0), strict=True)
     ]
-    return _opened(pairs._table, pairs._columns, rows[:limit], pairs._skipped, min_side, max_bad, scan)
+    return opened(pairs._table, pairs._columns, rows[:limit], pairs._skipped, min_side, max_bad, scan)
 
 
-def _opened(
+def opened(
     table: Table,
     roles: Mapping[str, str],
     rows: list[ImageRow],
@@ -116,6 +167,7 @@ def _opened(
     max_bad: float,
     scan: int,
 ) -> ImageDataset:
+    """A data set of `rows`, unless too many are damaged."""
     if not rows:
         raise UserError(f"no usable image in {table.name}: {reasons(skipped.values()) or 'it is empty'}")
     dataset = ImageDataset(table, roles, rows, skipped, min_side=min_side)

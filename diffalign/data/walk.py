@@ -1,4 +1,4 @@
-"""One pass over a preference set for the cache: which images it needs, and those that are not there yet."""
+"""One pass over a data set for the cache: which images it needs, and those that are not there yet."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from diffalign.data.pairs import PairDataset
+from diffalign.data.examples import Examples
 from diffalign.data.transforms import Fitted, PairTransform, View, fit
 
 DECODERS = min(4, os.cpu_count() or 1)  # threads; decoding and resizing release the interpreter lock
 
 
 class Visit(NamedTuple):
-    """One pair: what it is, and the key of each image.
+    """One pair or image: what it is, and the key of each of its images.
 
-    ``texts``: what chosen and rejected are described by, several where one is to be drawn; ``keys``: per
-    cached variant (plain, mirrored) those of chosen and rejected.
+    ``texts``: what each image is described by, several where one is to be drawn; ``keys``: per cached variant
+    (plain, mirrored) those of the images, chosen before rejected.
     """
 
     id: str
     prompt: str
-    texts: tuple[tuple[str, ...], tuple[str, ...]]
+    texts: tuple[tuple[str, ...], ...]
     preference: float
-    keys: list[tuple[str, str]]
+    keys: list[tuple[str, ...]]
 
 
-def texts_of(prompts: tuple[str, ...], captions: tuple[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Each image's own caption where one of them has one, else all prompts of the row for both."""
-    own = captions != (prompts[0], prompts[0])
-    return ((captions[0],), (captions[1],)) if own else (prompts, prompts)
+def texts_of(prompts: tuple[str, ...], captions: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Each image's own caption where one of them has one, else all prompts of the row for each."""
+    own = any(caption != prompts[0] for caption in captions)
+    return tuple((caption,) for caption in captions) if own else (prompts,) * len(captions)
 
 
 def content_key(*parts: object) -> str:
@@ -44,12 +44,12 @@ def content_key(*parts: object) -> str:
 
 
 def walk(
-    dataset: PairDataset, transform: PairTransform, known: Callable[[str], bool], progress: bool
+    dataset: Examples[Any, Any], transform: PairTransform, known: Callable[[str], bool], progress: bool
 ) -> Iterator[tuple[Visit, dict[str, Fitted]]]:
-    """Every pair in order, with the images that are not `known`, by key.
+    """Every pair or image in order, with the images that are not `known`, by key.
 
-    With ``transform.random_flip`` both variants are made, plain and mirrored; a random crop is one per pair,
-    drawn from the content of its images. A few pairs ahead are read by threads. A pair whose images are all
+    With ``transform.random_flip`` both variants are made, plain and mirrored; a random crop is one per row,
+    drawn from the content of its images. A few rows ahead are read by threads. A row whose images are all
     known is not decoded: its bytes are hashed, and that they are good was seen when they came in.
     """
     crop = PairTransform(transform.resolution, transform.center_crop, False, transform.joint)
@@ -57,39 +57,40 @@ def walk(
     ids, prompts, preferences = dataset.ids, dataset.all_prompts, dataset.preferences
     captions = dataset.captions
 
-    def views(digests: tuple[str, str]) -> list[tuple[View, View]]:
+    def views(digests: tuple[str, ...]) -> list[list[View]]:
         seed = int(content_key(*digests)[:15], 16)
-        one, other = crop.draw(torch.Generator().manual_seed(seed))
-        return [(one._replace(flip=flip), other._replace(flip=flip)) for flip in flips]
+        drawn = crop.draw(torch.Generator().manual_seed(seed))[: len(digests)]
+        return [[view._replace(flip=flip) for view in drawn] for flip in flips]
 
-    def keys_of(digests: tuple[str, str]) -> list[tuple[str, str]]:
+    def keys_of(digests: tuple[str, ...]) -> list[tuple[str, ...]]:
         return [
-            (content_key(digests[0], *one), content_key(digests[1], *other)) for one, other in views(digests)
+            tuple(content_key(digest, *view) for digest, view in zip(digests, seen, strict=True))
+            for seen in views(digests)
         ]
 
     def visit(index: int) -> tuple[Visit, dict[str, Fitted]]:
         digests = dataset.digests(index)
         if digests is not None:
             keys = keys_of(digests)
-            if all(known(key) for two in keys for key in two):
+            if all(known(key) for variant in keys for key in variant):
                 texts = texts_of(prompts[index], captions[index])
                 return Visit(ids[index], prompts[index][0], texts, preferences[index], keys), {}
-        pair = dataset[index]
-        keys = keys_of(pair.digests)
+        example = dataset[index]
+        keys = keys_of(example.digests)
         images = {
             key: fit(image, transform.resolution, view)
-            for two, seen in zip(keys, views(pair.digests), strict=True)
-            for key, image, view in zip(two, (pair.chosen, pair.rejected), seen, strict=True)
+            for variant, seen in zip(keys, views(example.digests), strict=True)
+            for key, image, view in zip(variant, example.images, seen, strict=True)
             if not known(key)
         }
-        texts = texts_of(pair.prompts, pair.captions)
-        return Visit(pair.id, pair.prompt, texts, pair.preference, keys), images
+        texts = texts_of(example.prompts, example.captions)
+        return Visit(example.id, example.prompt, texts, example.preference, keys), images
 
     ahead: deque[Future[tuple[Visit, dict[str, Fitted]]]] = deque()
     with (
         ThreadPoolExecutor(DECODERS) as pool,
         tqdm(
-            total=len(dataset), desc="encode images", unit="pair", disable=None if progress else True
+            total=len(dataset), desc="encode images", unit=dataset.what, disable=None if progress else True
         ) as bar,
     ):
         for index in range(len(dataset)):

@@ -15,8 +15,8 @@ import datasets
 import pytest
 import torch
 
-from diffalign.data import PairDataset, Selection, cache, open_pairs, write_pairs
-from diffalign.data.cache import cached_pairs
+from diffalign.data import PairDataset, Selection, cache, open_images, open_pairs, write_pairs
+from diffalign.data.cache import cached_examples
 from diffalign.data.transforms import View, fit
 from diffalign.errors import RunFailed, UserError
 
@@ -55,7 +55,7 @@ def small_shards(monkeypatch):
 def build(dataset, folder=None, encoders: Encoders | None = None, **options):
     encoders = encoders or Encoders()
     defaults = {"key": {"model": "toy"}, "resolution": RESOLUTION, "batch_size": 4}
-    return cached_pairs(
+    return cached_examples(
         dataset,
         folder,
         encode_images=encoders.encode_images,
@@ -147,7 +147,7 @@ def test_resolutions_share_a_folder(make, tmp_path):
     build(pairs, tmp_path)
     plain = lambda pixels: pixels[:, :, ::8, ::8]  # noqa: E731
     texts = Encoders()
-    other = cached_pairs(
+    other = cached_examples(
         pairs,
         tmp_path,
         encode_images=plain,
@@ -301,9 +301,9 @@ def test_values_that_are_not_finite_stop_the_run(make, tmp_path):
     texts = Encoders().encode_prompts
     options = {"encode_prompts": texts, "key": {}, "resolution": 16}
     with pytest.raises(RunFailed, match=r"image encoder gave latents that are not finite in torch.float16"):
-        cached_pairs(pairs, tmp_path, encode_images=too_large, **options)
+        cached_examples(pairs, tmp_path, encode_images=too_large, **options)
     assert not list(tmp_path.glob("*/*.safetensors"))
-    assert cached_pairs(pairs, encode_images=too_large, dtype=torch.bfloat16, **options).in_memory
+    assert cached_examples(pairs, encode_images=too_large, dtype=torch.bfloat16, **options).in_memory
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_values_that_are_not_finite_stop_the_run(make, tmp_path):
 )
 def test_encoders_that_break_the_contract(make, encode, message):
     with pytest.raises(ValueError, match=message):
-        cached_pairs(
+        cached_examples(
             make.lists(6),
             encode_images=encode,
             encode_prompts=Encoders().encode_prompts,
@@ -334,7 +334,7 @@ def test_a_key_must_be_json(make):
 def test_a_changed_encoder_under_an_old_key_is_noticed(make, tmp_path):
     build(make.lists(2), tmp_path)
     with pytest.raises(ValueError, match="encoders that changed need another key"):
-        cached_pairs(
+        cached_examples(
             make.lists(4),
             tmp_path,
             encode_images=lambda pixels: pixels,
@@ -423,3 +423,46 @@ def test_processes_share_the_work_and_see_the_same(make, tmp_path):
         assert_same(one_of_them, alone)
     with pytest.raises(ValueError, match="need a folder and a barrier"):
         build(pairs, tmp_path, process=(0, 2))
+
+
+# -------------------------------------------------------------------- single images
+
+
+@pytest.fixture
+def singles(make, tmp_path):
+    """Six labelled images as a JSONL set."""
+    rows = [
+        {"image": make.encoded(make.picture(i)), "prompt": f"prompt {i % 3}", "label": i % 2 == 0}
+        for i in range(6)
+    ]
+    return open_images(make.jsonl_folder(tmp_path / "singles", rows))
+
+
+def test_single_images_come_as_rows_of_one(singles, tmp_path):
+    encoders = Encoders()
+    cached = build(singles, tmp_path / "cache", encoders)
+    assert (cached.sides, len(cached), encoders.images) == (1, 6, 6)
+    assert cached.preference.tolist() == [1, 0, 1, 0, 1, 0]
+    batch = cached.batch([4, 1])
+    assert batch["latents"].shape == (2, 1, 3, RESOLUTION // 4, RESOLUTION // 4)
+    assert batch["original_size"].shape == (2, 1, 2)
+    assert batch["cond"]["prompt_embeds"][:, 0, 0].tolist() == [1.0, 1.0]
+    assert "cond_rejected" not in batch
+    torch.testing.assert_close(batch["latents"][0], cached.latents[4].float())
+    again = Encoders()
+    assert_same(build(singles, tmp_path / "cache", again), cached)
+    assert again.images == 0
+
+
+def test_images_of_pairs_serve_single_images_from_the_same_store(make, tmp_path):
+    pairs = make.lists(4)
+    build(pairs, tmp_path, random_flip=True)
+    again = Encoders()
+    folder = write_pairs(tmp_path / "pairs", [pairs[i] for i in range(4)])
+    stored = build(open_pairs(folder), tmp_path / "cache", random_flip=True)
+    apart = build(open_images(folder), tmp_path / "cache", again, random_flip=True)
+    assert again.images == 0
+    assert torch.equal(apart.latents[:, 0], stored.latents.flatten(0, 1))
+    assert apart.preference.tolist() == [1, 0] * 4
+    drawn = apart.batch([0] * 64, torch.Generator().manual_seed(0))["latents"]
+    assert len(drawn.unique(dim=0)) > 2  # both variants, and the posterior is sampled

@@ -1,0 +1,408 @@
+"""Images in, log-ratios out: what all offline methods share, on pairs or on single images.
+
+A method says which data it opens (:meth:`DenoisingTrainer.open_examples`) and turns errors of the denoiser
+into a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data import ImageDataset, PairDataset
+from diffalign.data.cache import CachedExamples, cached_examples
+from diffalign.data.transforms import size_of
+from diffalign.errors import UserError
+from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
+from diffalign.models.base import EmptyCaption
+from diffalign.trainers import draws, validation
+from diffalign.trainers.base import Trainer
+from diffalign.trainers.config import TrainConfig
+
+D = TypeVar("D", bound="DenoisingConfig")
+Examples = PairDataset | ImageDataset
+
+
+@dataclass(kw_only=True)
+class DenoisingConfig(TrainConfig):
+    """Options of a method that reads images and asks how likely the denoiser finds them.
+
+    Args:
+        timestep_sampling: how times are drawn: uniform, or logit_normal (Esser et al. 2024). Flow models
+            shift what is drawn as their scheduler does.
+        logit_mean: of logit_normal; above 0 prefers the noisy end.
+        logit_std: of logit_normal.
+        time_ids: what SDXL is told of an image's size and crop: its own (image), or that of an
+            uncropped image at the training resolution (resolution), as the published code does.
+        empty_caption: what a dropped caption becomes: the pipeline's own unconditional input
+            (as_pipeline), the encoded empty string (encode) or zeros.
+        weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
+        snr_gamma: gamma of weighting snr_gamma.
+        columns: which column holds what, where names differ, such as {prompt: text, chosen: good}.
+        max_bad: share of damaged rows (unreadable images, empty captions) that a data set may have.
+        reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
+            time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
+            but sees no other noise.
+        validation_dataset: held-out pairs for the validations; accuracy and margin on them, always at the
+            same times and noise, tell more than those of the steps.
+        validation_share: instead, the share of the data's prompts that is held out, 0.05 for example.
+        validation_pairs: at most so many of them.
+    """
+
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    time_ids: Literal["image", "resolution"] = "image"
+    empty_caption: EmptyCaption = "as_pipeline"
+    weighting: str = "native"
+    snr_gamma: float = 5.0
+    columns: dict[str, str] = field(default_factory=dict)
+    max_bad: float = 0.01
+    reference_draws: int = 0
+    validation_dataset: str | None = None
+    validation_share: float = 0.0
+    validation_pairs: int = 64
+
+    def check(self) -> None:
+        super().check()
+        self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("validation_share", 0 <= self.validation_share < 1, "at least 0 and below 1")
+        self._need("validation_pairs", self.validation_pairs >= 1, "at least 1")
+        if self.validation_share and self.validation_dataset:
+            raise UserError("give validation_share or validation_dataset, not both")
+        if (self.validation_share or self.validation_dataset) and not self.validation_steps:
+            raise UserError("held-out pairs are judged every validation_steps steps: set it as well")
+        self._need("logit_std", self.logit_std > 0, "above 0")
+        self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
+        self._need("snr_gamma", self.snr_gamma > 0, "above 0")
+        self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B pairs on the device, as 2B rows: chosen ones first; or of B single images.
+
+    ``latents (2B, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2B,)`` in host
+    memory; ``cond``: each ``(2B, ...)``; ``preference (B,)``, ``weight (B,)`` and ``gap (B,)``, by how much
+    the chosen image's score is higher (NaN without scores); ``empty``: pairs without their caption; ``rows``:
+    indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one; ``sides``:
+    which images are there, chosen (0) and rejected (1).
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    cond: dict[str, Tensor]
+    preference: Tensor
+    weight: Tensor
+    gap: Tensor
+    empty: int
+    rows: list[int]
+    draws: list[int]
+    sides: tuple[int, ...] = (0, 1)
+
+    def row(self, side: int) -> Batch:
+        """The chosen (0) or rejected (1) rows alone; what is said of pairs stays."""
+        pairs = len(self.rows)
+        own = slice(side * pairs, (side + 1) * pairs)
+        return replace(
+            self,
+            latents=self.latents[own],
+            noise=self.noise[own],
+            t=self.t[own],
+            cond={name: values[own] for name, values in self.cond.items()},
+            sides=(side,),
+        )
+
+
+class DenoisingTrainer(Trainer[D]):
+    """Images in, log-ratios out.
+
+    Attributes:
+        needs_reference: whether the loss compares with a reference; if not, none is run or kept.
+        noises, times: draws for an example: 1 is shared by the images of a pair, 2 are independent.
+        beta: what a log-ratio is multiplied with for the logged rewards.
+    """
+
+    needs_reference = True
+    noises: ClassVar[int] = 1
+    times: ClassVar[int] = 1
+    beta: float
+
+    # ---------------------------------------------------------------- data
+
+    @abstractmethod
+    def open_examples(self, source: Any, limit: int | None) -> Examples:
+        """The first ``limit`` examples of ``source``: opened data, or where they are."""
+
+    def open_data(self) -> None:
+        config = self.config
+        self.examples = self.open_examples(self._dataset, config.max_train_samples)
+        self.held_out: Examples | None = None
+        if config.validation_dataset:
+            self.held_out = self.open_examples(config.validation_dataset, config.validation_pairs)
+        elif config.validation_share:
+            self.examples, held_out = self.examples.split_by_prompt(config.validation_share)
+            self.held_out = held_out[: config.validation_pairs]
+            if not len(self.examples) or not len(self.held_out):
+                raise UserError(
+                    f"validation_share {config.validation_share} leaves {len(self.examples)} examples to "
+                    f"train on and {len(self.held_out)} to judge: choose another share"
+                )
+        self.data_length = len(self.examples)
+
+    def encode(self) -> None:
+        config, adapter = self.config, self.adapter
+        self.data = self._encoded(self.examples)
+        self.validation_data = self._encoded(self.held_out) if self.held_out else None
+        self.no_caption = (
+            adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
+        )
+
+    def _encoded(self, examples: Examples) -> CachedExamples:
+        config, adapter = self.config, self.adapter
+        return cached_examples(
+            examples,
+            Path(config.cache_dir).expanduser() if config.cache_dir else self.folder / "cache",
+            encode_images=adapter.encode_images,
+            encode_prompts=adapter.encode_prompts,
+            key={"family": type(adapter).__name__, **adapter.identity()},
+            resolution=config.resolution or adapter.default_resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
+            progress=config.progress and self.accelerator.is_main_process,
+        )
+
+    def batch(self, step: int, slots: range) -> Batch:
+        """The examples at places ``slots`` of the global batch of ``step``, with noise and times."""
+        positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
+        rows = self.rows_at(positions)
+        found = self.read(step, slots, rows)
+        shape = found["latents"].shape[2:]
+        drawn = [self._draw(step, slot, row, shape) for slot, row in zip(slots, rows, strict=True)]
+        return self._assemble(found, drawn, rows)
+
+    def rows_at(self, positions: range) -> list[int]:
+        """Which rows of the data stand at ``positions`` of the endless sequence that a run reads."""
+        return draws.rows_at(positions, seed=self.config.seed, length=len(self.data))
+
+    def read(self, step: int, slots: range, rows: list[int]) -> dict[str, Any]:
+        """A :meth:`CachedExamples.batch` of the ``rows`` at places ``slots`` of ``step``."""
+        if not self.data.draws:
+            return self.data.batch(rows)
+        seed = self.config.seed  # one generator per row, so that its flip does not depend on its neighbours
+        return _stacked(
+            self.data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", step, slot)))
+            for row, slot in zip(rows, slots, strict=True)
+        )
+
+    def _assemble(self, found: dict[str, Any], drawn: list[_Draw], rows: list[int]) -> Batch:
+        """A :meth:`CachedExamples.batch` of B examples and a draw for each, as a batch on the device."""
+        sides = found["latents"].shape[1]
+        noise = torch.from_numpy(np.stack([d.noise for d in drawn])).expand(found["latents"].shape)
+        t = torch.tensor([d.t for d in drawn]).expand(-1, sides)
+        empty = torch.tensor([d.empty for d in drawn])
+        device = self.accelerator.device
+
+        def each(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True).repeat(sides, *[1] * (tensor.ndim - 1))
+
+        def by_row(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+
+        def dropped(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Both images of a pair lose their caption together."""
+            if not empty.any():
+                return cond
+            return {k: torch.where(_like(empty, v), self.no_caption[k].to(v), v) for k, v in cond.items()}
+
+        cond = {name: each(values) for name, values in dropped(found["cond"]).items()}
+        for name, values in dropped(found.get("cond_rejected", {})).items():  # captions of each image's own
+            cond[name][len(rows) :] = values.to(device, non_blocking=True)
+
+        original, corner = found["original_size"], found["crop_top_left"]
+        target = torch.tensor(size_of(self.config.resolution or self.adapter.default_resolution))
+        target = target.expand_as(original)
+        if self.config.time_ids == "resolution":
+            original, corner = target, torch.zeros_like(corner)
+        sizes = self.adapter.size_conditions(by_row(original), by_row(corner), by_row(target))
+        return Batch(
+            latents=by_row(found["latents"]),
+            noise=by_row(noise),
+            t=t.T.flatten(),
+            cond=cond | sizes,
+            preference=found["preference"].to(device, non_blocking=True),
+            weight=found["weight"].to(device, non_blocking=True),
+            gap=found["gap"].to(device, non_blocking=True),
+            empty=int(empty.sum()),
+            rows=rows,
+            draws=[d.number for d in drawn],
+            sides=tuple(range(sides)),
+        )
+
+    def _draw(self, step: int, slot: int, row: int, shape: torch.Size) -> _Draw:
+        if self.config.reference_draws:
+            number = int(
+                draws.generator(self.config.seed, "draw", step, slot).integers(self.config.reference_draws)
+            )
+            return self._fixed(row, number, shape)
+        return self._from(draws.generator(self.config.seed, "noise", step, slot), shape, -1)
+
+    def _fixed(self, row: int, number: int, shape: torch.Size) -> _Draw:
+        return self._from(draws.generator(self.config.seed, "fixed", row, number), shape, number)
+
+    def _from(self, numbers: np.random.Generator, shape: torch.Size, number: int) -> _Draw:
+        empty = numbers.random() < self.config.proportion_empty_prompts
+        t = tuple(self._time(numbers) for _ in range(self.times))
+        noise = numbers.standard_normal((self.noises, *shape), dtype=np.float32)
+        return _Draw(noise, t, empty, number)
+
+    def _time(self, numbers: np.random.Generator) -> float:
+        config, schedule = self.config, self.adapter.schedule
+        if config.timestep_sampling == "uniform" and not schedule.is_flow:
+            return int(numbers.integers(schedule.num_train_timesteps))
+        if config.timestep_sampling == "uniform":
+            return self._time_of(1.0 - numbers.random())
+        return self._time_of(1.0 / (1.0 + math.exp(-numbers.normal(config.logit_mean, config.logit_std))))
+
+    def _time_of(self, fraction: float) -> float:
+        """The time at ``fraction`` of the schedule: a training step if it is discrete; of a flow model any
+        time but 0, shifted."""
+        schedule = self.adapter.schedule
+        if schedule.is_flow:
+            return float(schedule.shifted(fraction))
+        return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
+
+    # ---------------------------------------------------------------- likelihood
+
+    def prepare(self) -> None:
+        self._table: Tensor | None = None
+        self._validation_reference: Tensor | None = None
+        if not self.needs_reference:
+            return
+        self.weights.use_as_reference()
+        if self.validation_data is not None:
+            self._validation_reference = self._validation_errors(reference=True)
+        if self.config.reference_draws:
+            count = self.config.reference_draws
+            self._table = self._fixed_errors(self.data, self._fixed, count, reference=True, label="reference")
+            self.adapter.reference = None
+
+    def validate(self) -> dict[str, Any]:
+        if self.validation_data is None:
+            return {}
+        errors = self._validation_errors(reference=False)
+        return self.validation_metrics(Errors(errors, self._validation_reference))
+
+    @abstractmethod
+    def validation_metrics(self, errors: Errors) -> dict[str, Any]:
+        """Metrics of the held-out examples from their errors ``(examples, times, sides)``."""
+
+    def _validation_errors(self, *, reference: bool) -> Tensor:
+        """Weighted errors ``(examples, times, sides)`` of the held-out examples."""
+        assert self.validation_data is not None
+        config, adapter = self.config, self.adapter
+        count = len(validation.TIMES)
+        errors = self._fixed_errors(
+            self.validation_data, self._validation_draw, count, reference=reference, label="validation"
+        )
+        weight = error_weight(
+            config.weighting,
+            adapter.schedule,
+            adapter.prediction_type,
+            torch.tensor([self._validation_time(k) for k in range(count)]),
+            gamma=config.snr_gamma,
+        )
+        return errors if weight is None else errors * weight.to(errors)[:, None]
+
+    def _validation_draw(self, row: int, number: int, shape: torch.Size) -> _Draw:
+        numbers = draws.generator(self.config.seed, "validation", row, number)
+        noise = numbers.standard_normal((1, *shape), dtype=np.float32)
+        return _Draw(noise, (self._validation_time(number),), False, number)
+
+    def _validation_time(self, number: int) -> float:
+        return self._time_of(validation.TIMES[number])
+
+    def _fixed_errors(
+        self,
+        data: CachedExamples,
+        draw: Callable[[int, int, torch.Size], _Draw],
+        count: int,
+        *,
+        reference: bool,
+        label: str,
+    ) -> Tensor:
+        """Unweighted errors of every example at its ``count`` draws, ``(N, count, sides)`` float32; processes
+        share the work."""
+        config, accelerator = self.config, self.accelerator
+        table = torch.zeros(len(data) * count, data.sides, device=accelerator.device)
+        own = range(accelerator.process_index, len(table), accelerator.num_processes)
+        hidden = not (config.progress and accelerator.is_main_process)
+        for first in tqdm(range(0, len(own), config.train_batch_size), label, disable=hidden, leave=False):
+            cells = list(own[first : first + config.train_batch_size])
+            rows = [cell // count for cell in cells]
+            found = data.batch(rows)
+            shape = found["latents"].shape[2:]
+            batch = self._assemble(found, [draw(cell // count, cell % count, shape) for cell in cells], rows)
+            noised = add_noise(
+                self.adapter.schedule, self.adapter.prediction_type, batch.latents, batch.noise, batch.t
+            )
+            with torch.no_grad(), accelerator.autocast():
+                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond, reference=reference)
+            table[cells] = denoising_error(prediction, noised.target).reshape(data.sides, -1).T.float()
+        if accelerator.num_processes > 1:
+            table = accelerator.reduce(table, "sum")
+        return table.reshape(len(data), count, data.sides)
+
+    def _reference_errors(self, batch: Batch) -> bool | Tensor:
+        """What :func:`diffalign.likelihood.evaluate` is told of the reference."""
+        if self._table is None:
+            return self.needs_reference
+        return self._table[batch.rows, batch.draws].T[list(batch.sides)].flatten()
+
+    def _errors(self, batch: Batch) -> Errors:
+        config, adapter = self.config, self.adapter
+        noised = add_noise(adapter.schedule, adapter.prediction_type, batch.latents, batch.noise, batch.t)
+        weight = error_weight(
+            config.weighting, adapter.schedule, adapter.prediction_type, batch.t, gamma=config.snr_gamma
+        )
+        return evaluate(
+            adapter.denoise,
+            noised,
+            batch.cond,
+            reference=self._reference_errors(batch),
+            weight=None if weight is None else weight.to(noised.x_t.device),
+        )
+
+
+@dataclass(frozen=True)
+class _Draw:
+    noise: np.ndarray  # (1, C, h, w), or one for each image
+    t: tuple[float, ...]  # one, or one for each image
+    empty: bool
+    number: int  # of the fixed draw, -1 for a fresh one
+
+
+def _stacked(batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Batches of one pair each as one batch."""
+    parts = list(batches)
+    return {
+        name: torch.cat([p[name] for p in parts])
+        if isinstance(value, Tensor)
+        else {k: torch.cat([p[name][k] for p in parts]) for k in value}
+        for name, value in parts[0].items()
+    }
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (values.ndim - 1))
