@@ -74,6 +74,27 @@ COMMANDS: dict[str, Command] = {
         "Flow-DPO: Diffusion-DPO for flow models, SD3, Flux and video",
         "diffalign train flow-dpo --config configs/train/flow_dpo_sd3.yaml --dataset_name my_pairs/",
     ),
+    "train d3po": Command(
+        "diffalign.trainers.d3po:D3POConfig",
+        "diffalign.trainers.d3po:run",
+        "learn from comparisons of one's own samples",
+        "diffalign train d3po --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
+        "--rewards '[playground/scorer]'",
+    ),
+    "train ddpo": Command(
+        "diffalign.trainers.ddpo:DDPOConfig",
+        "diffalign.trainers.ddpo:run",
+        "policy gradient on one's own samples",
+        "diffalign train ddpo --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
+        "--rewards '[playground/scorer]'",
+    ),
+    "train flow-grpo": Command(
+        "diffalign.trainers.ddpo:FlowGRPOConfig",
+        "diffalign.trainers.ddpo:run_flow_grpo",
+        "policy gradient on a flow model's own samples",
+        "diffalign train flow-grpo --pretrained_model_name_or_path models/sd3.5-medium "
+        "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]'",
+    ),
     "train mapo": Command(
         "diffalign.trainers.mapo:MaPOConfig",
         "diffalign.trainers.mapo:run",
@@ -85,6 +106,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign.trainers.sft:run",
         "fine-tuning on the chosen images of preference pairs, the baseline",
         "diffalign train sft --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
+    "vote": Command(
+        "diffalign.vote:VoteConfig",
+        "diffalign.vote:run",
+        "judge images by hand on a local page; its file of votes is a preference set",
+        "diffalign vote --images outputs/samples --annotator anna",
     ),
     "data check": Command(
         "diffalign.data.check:CheckConfig",

@@ -129,6 +129,9 @@ class Trainer(ABC, Generic[C]):
     def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
         """Metrics of a step from the ``K`` sums of all its ``pairs``."""
 
+    def begin_step(self, step: int) -> None:
+        """Called before the first micro-batch of ``step``, in all processes: get what it will train on."""
+
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> TrainResult:
@@ -198,6 +201,7 @@ class Trainer(ABC, Generic[C]):
     def _optimiser_step(self, step: int) -> dict[str, Any]:
         config, accelerator = self.config, self.accelerator
         started = time.perf_counter()
+        self.begin_step(step)
         rate = self._learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -391,6 +395,12 @@ class Trainer(ABC, Generic[C]):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
 
+    def save_own(self, folder: Path) -> None:
+        """Write what a method keeps in tensors into a checkpoint; called in the main process."""
+
+    def load_own(self, folder: Path) -> None:
+        """Read what :meth:`save_own` wrote, after :meth:`load_state`."""
+
     def _save_checkpoint(self, step: int) -> None:
         """Processes hold the same state, so the main one writes it; the others wait."""
         if self.accelerator.is_main_process:
@@ -399,6 +409,7 @@ class Trainer(ABC, Generic[C]):
 
             def fill(folder: Path) -> None:
                 self.weights.save(folder)
+                self.save_own(folder)
                 rest["optimizer"] = checkpoint.save_optimizer(self.optimizer, folder)
                 if self.ema:
                     checkpoint.save_named(self.weights.names, self.ema.shadow_params, folder / EMA)
@@ -427,6 +438,7 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.load_state(state.get("own", {}))
+        self.load_own(folder)
         return state["step"]
 
     def _warn_of_changes(self, before: dict[str, Any]) -> None:

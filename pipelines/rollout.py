@@ -1,0 +1,178 @@
+"""Sample with a stochastic sampler and keep every state that the network saw: what on-policy methods learn
+from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffalign.errors import UserError
+from diffalign.likelihood import Transition, guided
+from diffalign.models.base import EmptyCaption, ModelAdapter
+from diffalign.solvers.ddim import DDIMScheduler
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a batch of images is conditioned on, and how strongly: a property of the policy.
+
+    Attributes:
+        cond: conditions of each prompt, ``(P, ...)``, on the network's device.
+        uncond: of no caption, ``(1, ...)``; None without guidance.
+        scale: classifier-free guidance; 1 is none.
+    """
+
+    cond: Mapping[str, Tensor]
+    uncond: Mapping[str, Tensor] | None
+    scale: float
+
+    def predict(
+        self,
+        adapter: ModelAdapter,
+        x: Tensor,
+        t: Tensor,
+        prompts: Sequence[int],
+        *,
+        reference: bool = False,
+        detach_uncond: bool = False,
+    ) -> Tensor:
+        """The guided prediction at ``x (rows, ...)``, each row under ``cond[prompts[row]]``."""
+        device = x.device
+        index = torch.as_tensor(list(prompts)).to(device)
+        cond = {name: values.to(device)[index] for name, values in self.cond.items()}
+        uncond = None
+        if self.uncond is not None:
+            uncond = {k: v.to(device).expand(len(x), *v.shape[1:]) for k, v in self.uncond.items()}
+        return guided(
+            adapter.denoise, x, t, cond, uncond, self.scale, reference=reference, detach_uncond=detach_uncond
+        )
+
+
+def guidance_for(
+    adapter: ModelAdapter,
+    prompts: Sequence[str],
+    scale: float,
+    *,
+    resolution: int | None = None,
+    empty_caption: EmptyCaption = "as_pipeline",
+    batch_size: int = 32,
+) -> Guidance:
+    """Encode ``prompts``; an image is taken as uncropped and of the given size, by default the model's."""
+    side = torch.tensor([resolution or adapter.default_resolution] * 2)
+
+    def told(rows: int) -> dict[str, Tensor]:
+        size = side.expand(rows, 2)
+        return adapter.size_conditions(size, torch.zeros_like(size), size)
+
+    chunks = [adapter.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    cond = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]} | told(len(prompts))
+    uncond = None if scale == 1.0 else adapter.empty_caption(empty_caption) | told(1)
+    return Guidance(cond, uncond, scale)
+
+
+def sampling_times(adapter: ModelAdapter, steps: int, spacing: str | None = None) -> NDArray[np.float64]:
+    """``(steps + 1,)``: where the network is asked, as the pipeline's own scheduler config spaces it, and the
+    clean end.
+
+    Args:
+        spacing: ``leading``, ``trailing`` or ``linspace`` instead of the config's.
+
+    Raises:
+        UserError: more steps than the model has, or a grid that depends on the size of the image.
+    """
+    config = dict(adapter.pipeline.scheduler.config)
+    if config.get("use_dynamic_shifting"):
+        raise UserError(
+            "this model's sampling times depend on the size of the image (use_dynamic_shifting): "
+            "give them as sample_timesteps"
+        )
+    changes = {"timestep_spacing": spacing} if spacing else {}
+    scheduler = DDIMScheduler.from_config(config, grid="diffusers", **changes)
+    scheduler.set_timesteps(steps)
+    return np.append(scheduler.timesteps.numpy().astype(np.float64), adapter.schedule.t_clean)
+
+
+class RowNoise:
+    """Standard normal noise that row by row depends on a seed alone, not on the batch or device."""
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self._shape, self._device = tuple(shape), device
+
+    def draw(self, *leading: int) -> Tensor:
+        """``(*leading, rows, *shape)`` float32 on the device."""
+        drawn = [torch.randn(*leading, *self._shape, generator=g) for g in self._generators]
+        return torch.stack(drawn, dim=len(leading)).to(self._device, non_blocking=True)
+
+
+@torch.no_grad()
+def rollout(
+    adapter: ModelAdapter,
+    transition: Transition,
+    guidance: Guidance,
+    prompts: Sequence[int],
+    *,
+    shape: Sequence[int],
+    start_seeds: Sequence[int],
+    seeds: Sequence[int],
+    batch_size: int = 8,
+    after_step: Callable[[], object] = lambda: None,
+    keep_means: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Trajectories of one image per row.
+
+    A state is rounded to the network's precision before it is used, so what is kept is exactly what the
+    network saw: re-evaluating the same policy on it gives log-ratio 0.
+
+    Args:
+        adapter, transition, guidance: the policy.
+        prompts: which of the guidance's prompts, per row.
+        shape: of one latent.
+        start_seeds: of each row's starting noise; equal seeds start alike.
+        seeds: of each row's steps.
+        batch_size: rows at a time.
+        after_step: called after every network call.
+        keep_means: also keep the mean of each step, ``(rows, n, ...)`` float32: what a policy gradient
+            compares with once the policy has moved on.
+
+    Returns:
+        States ``(rows, n + 1, ...)`` in host memory, in the network's precision, from noise to image; and the
+        means, or None.
+    """
+    device = adapter.device
+    states, means = [], []
+    for first in range(0, len(prompts), batch_size):
+        batch = slice(first, first + batch_size)
+        x = RowNoise(start_seeds[batch], shape, device).draw().to(adapter.dtype)
+        noise = RowNoise(seeds[batch], shape, device)
+        seen, expected = [x], []
+        for step in range(len(transition)):
+            raw = guidance.predict(adapter, x, transition.times(step, x), prompts[batch])
+            gaussian = transition(raw, x, step)
+            # Drawn also where a step takes no noise, so that the numbers of the others don't depend on it.
+            x = gaussian.sample(noise.draw()).to(adapter.dtype)
+            seen.append(x)
+            if keep_means:
+                expected.append(gaussian.mean)
+            after_step()
+        states.append(torch.stack(seen, 1).cpu())
+        if keep_means:
+            means.append(torch.stack(expected, 1).cpu())
+    return torch.cat(states), torch.cat(means) if keep_means else None
+
+
+@torch.no_grad()
+def decoded(adapter: ModelAdapter, latents: Tensor, batch_size: int = 8) -> Tensor:
+    """Images ``(rows, 3, H, W)`` float32 in [0, 1] in host memory."""
+    chunks = [
+        adapter.decode(chunk.to(adapter.device)).float().div(2).add(0.5).clamp(0, 1).cpu()
+        for chunk in latents.split(batch_size)
+    ]
+    return torch.cat(chunks)
