@@ -13,7 +13,9 @@ Importing this needs Pillow only; torch comes with :mod:`diffalign.data.cache` a
 from diffalign.data.examples import BadRow
 from diffalign.data.pairs import Pair, PairDataset, open_pairs
 from diffalign.data.rows import Selection
+from diffalign.data.scored import open_scored
 from diffalign.data.unpaired import ImageDataset, LabelledImage, open_images
+from diffalign.data.votes import Vote, image_scores, read_votes
 from diffalign.data.write import write_pairs
 
 __all__ = [
@@ -23,7 +25,10 @@ __all__ = [
     "Pair",
     "PairDataset",
     "Selection",
+    "Vote",
+    "image_scores",
     "open_images",
     "open_pairs",
+    "open_scored",
     "write_pairs",
 ]

@@ -15,6 +15,9 @@ from PIL import ExifTags, Image, ImageOps, ImageSequence
 MIN_SIDE = 8  # pixels; below this a cell holds a tracking pixel or a placeholder, not a picture
 
 
+Clip = tuple[Image.Image, ...]  # frames of a video, all of one size
+
+
 class BadImage(Exception):
     """The cell gives no usable image; ``str(error)`` is the reason, one of `BAD_IMAGE`."""
 
@@ -101,7 +104,7 @@ def decode(payload: bytes | Image.Image) -> Image.Image:
     return decode_clip(payload, 1)[0]
 
 
-def decode_clip(payload: bytes | Image.Image, frames: int) -> tuple[Image.Image, ...]:
+def decode_clip(payload: bytes | Image.Image, frames: int) -> Clip:
     """The first `frames` frames of an animation (WebP, PNG or GIF), each as :func:`decode` gives an image.
 
     Raises:

@@ -151,6 +151,7 @@ class ImageRow(NamedTuple):
     prompts: tuple[str, ...]
     place: Place
     label: float | None  # probability that the image is a good one
+    score: float | None = None  # higher is better
 
     @property
     def key(self) -> tuple[int, str]:
@@ -203,7 +204,7 @@ def one_of(cell: Any, place: Place) -> Any:
 def pair_rows(table: Table, roles: Mapping[str, str], selection: Selection) -> list[tuple[PairRow, str]]:
     """Every row (of lists, every pair) with why it is ruled out, or an empty string."""
     cells = Cells(table, roles)
-    verdicts = _listed(cells, selection) if "images" in pair_roles(roles) else _paired(cells, selection)
+    verdicts = _listed(cells, selection) if "images" in pair_roles(roles) else paired(cells, selection)
     rows = [(row, reason or _choice(cells, row, selection)) for row, reason in verdicts]
     return _merged(cells, rows, selection.votes) if selection.votes != "separate" else rows
 
@@ -213,7 +214,7 @@ def image_rows(table: Table, roles: Mapping[str, str], drop_nsfw: bool) -> Itera
     cells = Cells(table, roles)
     place = Place("image")
     labels = cells("label")
-    for number, row_id, prompts, reason in _texts(cells, needed="prompt" in roles):
+    for number, row_id, prompts, reason in texts(cells, needed="prompt" in roles):
         label: float | None
         label, wrong = _probability(labels[number]) if "label" in roles else (None, "")
         if drop_nsfw and not reason and _is_nsfw(cells("nsfw")[number]):
@@ -221,7 +222,7 @@ def image_rows(table: Table, roles: Mapping[str, str], drop_nsfw: bool) -> Itera
         yield ImageRow(number, row_id, prompts, place, label), reason or wrong
 
 
-def _texts(cells: Cells, needed: bool = True) -> Iterator[tuple[int, str, tuple[str, ...], str]]:
+def texts(cells: Cells, needed: bool = True) -> Iterator[tuple[int, str, tuple[str, ...], str]]:
     """Number, id, prompts and reason of every row."""
     table = cells.table
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # a prompt has many rows: one copy of it in memory
@@ -242,12 +243,12 @@ def _prompts(cell: Any) -> tuple[tuple[str, ...], str]:
     return (prompts, "") if prompts else (("",), "empty caption")
 
 
-def _paired(cells: Cells, selection: Selection) -> Iterator[tuple[PairRow, str]]:
+def paired(cells: Cells, selection: Selection) -> Iterator[tuple[PairRow, str]]:
     first, second = (Place(role) for role in pair_roles(cells.roles))
     by_scores = selection.label_by == "scores" or not {"label_0", "chosen"} & cells.roles.keys()
     wins = cells("label_0" if "label_0" in cells.roles else "preference", 1.0)
     labelled = cells("has_label", True)
-    for number, row_id, prompts, reason in _texts(cells):
+    for number, row_id, prompts, reason in texts(cells):
         if by_scores:
             win, wrong = _by_scores(*(cells.of("score", number, place) for place in (first, second)))
         else:
@@ -260,9 +261,9 @@ def _paired(cells: Cells, selection: Selection) -> Iterator[tuple[PairRow, str]]
 
 def _listed(cells: Cells, selection: Selection) -> Iterator[tuple[PairRow, str]]:
     scores, sign = (cells("scores"), 1) if "scores" in cells.roles else (cells("ranks"), -1)
-    for number, row_id, prompts, reason in _texts(cells):
+    for number, row_id, prompts, reason in texts(cells):
         given = scores[number] if isinstance(scores[number], list | tuple) else []
-        worth = {i: sign * float(s) for i, s in enumerate(given) if _is_number(s)}
+        worth = {i: sign * float(s) for i, s in enumerate(given) if is_number(s)}
         order = sorted(worth, key=lambda i: (-worth[i], i))
         if reason or len(order) < 2:
             places = (Place("images", 0), Place("images", 1))
@@ -291,7 +292,7 @@ def _choice(cells: Cells, row: PairRow, selection: Selection) -> str:
             return "two generators"
     if selection.margin and "images" not in cells.roles:
         scores = [cells.of("score", row.number, place) for place in row.places]
-        if not all(map(_is_number, scores)) or abs(scores[0] - scores[1]) < selection.margin:
+        if not all(map(is_number, scores)) or abs(scores[0] - scores[1]) < selection.margin:
             return "small margin"
     return ""
 
@@ -339,21 +340,21 @@ def _identity(cells: Cells, row: PairRow, place: Place) -> str:
 
 
 def _by_scores(first: Any, second: Any) -> tuple[float, str]:
-    if not _is_number(first) or not _is_number(second):
+    if not is_number(first) or not is_number(second):
         return 0.5, "no label"
     return (0.5, "tie") if first == second else (float(first > second), "")
 
 
 def _probability(value: Any) -> tuple[float, str]:
     """A verdict as the probability that the (first) image is the good one, and why it is none."""
-    if not _is_number(value):
+    if not is_number(value):
         return 0.5, "no label"
     if not 0 <= value <= 1:
         return 0.5, "label outside 0..1"
     return float(value), "tie" if value == 0.5 else ""
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
@@ -361,4 +362,4 @@ def _is_nsfw(value: Any) -> bool:
     """A boolean, a probability (from 0.5 on), or a word such as LAION has."""
     if isinstance(value, str):
         return value.strip().lower() in ("nsfw", "unsafe", "likely", "true", "yes", "1")
-    return _is_number(value) and value >= 0.5
+    return is_number(value) and value >= 0.5

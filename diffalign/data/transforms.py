@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.images import Clip
+
 
 class View(NamedTuple):
     """Which part of an image is seen: where the crop lies in the room it has (0..1), and whether mirrored."""
@@ -43,7 +45,7 @@ def size_of(resolution: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def fit(
-    image: Image.Image | tuple[Image.Image, ...],
+    image: Image.Image | Clip,
     resolution: int | tuple[int, int],
     view: View = View(),  # noqa: B008
 ) -> Fitted:
