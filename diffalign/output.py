@@ -36,10 +36,13 @@ def prepare(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all: a full disk or Ctrl-C leaves the earlier version."""
+    """Write a text file whole or not at all: a full disk, Ctrl-C or a power cut leaves what was there."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

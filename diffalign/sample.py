@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from diffalign.errors import UserError
-from diffalign.output import prepare, write_json
+from diffalign.output import prepare, write_json, write_text
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Draw images from a diffusers pipeline with any of the samplers.
 
-    Writes one PNG per prompt and seed, grid.png (a row per prompt, a column per seed) and settings.json,
-    which says how each picture was made. An image depends on its prompt, seed and
-    settings alone, not on the batch.
+    Writes one PNG per prompt and seed, grid.png (a row per prompt, a column per seed), metadata.jsonl, which
+    makes the folder a data set, and settings.json, which says how each picture was made. An image depends on
+    its prompt, seed and settings alone, not on the batch.
 
     Attributes:
         model: pipeline folder, hub id (owner/name), or a shipped model such as playground/sd
@@ -144,6 +145,8 @@ def run(config: SampleConfig) -> Path:
         save_png(out / file, image)
     columns = len(config.seeds) if len(config.seeds) > 1 else round(len(jobs) ** 0.5)
     save_png(out / "grid.png", tile(drawn.images, columns))
+    rows = [{"file_name": f, "prompt": p, "seed": s} for f, (p, s) in zip(files, jobs, strict=True)]
+    write_text(out / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(
         out / "settings.json",
         {

@@ -322,12 +322,15 @@ def tiny_folder(tmp_path_factory):
 def test_sample_writes_images_grid_and_settings(tiny_folder, tmp_path, capsys):
     from PIL import Image
 
+    from diffalign.data import open_images
+
     out = tmp_path / "out"
     base = ["sample", "--model", tiny_folder, "--output_dir", str(out), "--device", "cpu", "--steps", "3"]
     args = [*base, "--prompts", "a", "b", "--seeds", "5", "6", "--solver", "dpm-solver++"]
     assert cli.main([*args, "--solver_options.solver_order", "3"]) == 0
     files = sorted(f.name for f in out.iterdir())
-    assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png", "settings.json"]
+    assert files == [*(f"0000{i}.png" for i in range(4)), "grid.png", "metadata.jsonl", "settings.json"]
+    assert open_images(out).prompts == ["a", "a", "b", "b"]
     record = json.loads((out / "settings.json").read_text())
     assert record["nfe_per_image"] == 3
     assert record["scheduler"] == "DPMSolverPPScheduler"
