@@ -30,5 +30,6 @@ __all__ = [
     "open_images",
     "open_pairs",
     "open_scored",
+    "read_votes",
     "write_pairs",
 ]
