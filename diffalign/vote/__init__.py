@@ -9,8 +9,8 @@ image_scores(read_votes(file))  # {"00000.png": 0.67, ...}
 
 from __future__ import annotations
 
-import secrets
-import socket
+import os
+import sys
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from diffalign.vote.sets import ImageSet, Mode, absolute, arrange, read_sets, sh
 __all__ = ["VoteConfig", "run", "vote"]
 
 MOST = 9  # images of a set: each has a number key
-EVERYWHERE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class VoteConfig:
             raise UserError(f"--per_prompt must be at least 1, not {self.per_prompt}")
         if not self.annotator.strip():
             raise UserError("--annotator is empty; give a name, or leave it out")
+        if ":" in self.host or not self.host:
+            raise UserError(f"--host takes an IPv4 address or a name, such as 0.0.0.0, not {self.host!r}")
         if not 0 <= self.port < 65536:
             raise UserError(f"--port must be from 0 to 65535, not {self.port}")
 
@@ -93,52 +94,33 @@ def vote(images: str | Path, out: str | Path | None = None, **options: Any) -> P
 def run(config: VoteConfig) -> Path:
     """The command ``diffalign vote``."""
     from filelock import FileLock, Timeout
-    from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
 
-    from diffalign.vote.server import create_app
-
-    class Quiet(WSGIRequestHandler):
-        """One request a connection, so that none outlives the server; no line in the log for each."""
-
-        protocol_version = "HTTP/1.0"
-
-        def log_request(self, *args: Any) -> None:
-            pass
+    from diffalign.vote.server import serve
 
     out, tasks = _out(config), _tasks(config)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(out.with_name(f".{out.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another diffalign vote writes to {out}; end it or choose another --out") from error
     with lock:
         ballot = Ballot(tasks, out, mode=config.mode, annotator=config.annotator, scale=config.scale)
-        if config.until_done and not ballot.next:
-            print(_summary(ballot))
-            return out
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        name = get_interface_ip(family) if config.host in EVERYWHERE else config.host
-        token = secrets.token_urlsafe(16)
-        with _listen(config, family) as listening:
-            port = listening.getsockname()[1]
-            app = create_app(
-                ballot,
-                token=token,
-                hosts=("127.0.0.1", "localhost", "[::1]", f"[{name}]" if ":" in name else name),
-                stop=lambda: server.shutdown(),
-                until_done=config.until_done,
-            )
-            server = make_server(
-                config.host, port, app, threaded=True, request_handler=Quiet, fd=listening.fileno()
-            )
-        link = f"http://{f'[{name}]' if ':' in name else name}:{port}/{token}/"
-        print(f"{ballot.judged} of {_count(ballot)} judged by {config.annotator}; votes go to {out}")
-        print(f"Vote at {link}  (only who has this link can; Ctrl-C ends)", flush=True)
-        if not config.no_open:
-            webbrowser.open(link)
-        server.serve_forever()
+
+        def announce(link: str) -> None:
+            print(f"{ballot.judged} of {_count(ballot)} judged by {config.annotator}; votes go to {out}")
+            print(f"Vote at {link}  (who has this link can vote; Ctrl-C ends)", flush=True)
+            if not config.no_open and _has_screen():
+                webbrowser.open(link)
+
+        if ballot.next or not config.until_done:
+            serve(ballot, host=config.host, port=config.port, until_done=config.until_done, announce=announce)
         print(_summary(ballot))
     return out
+
+
+def _has_screen() -> bool:
+    """Without one, the browser found may be a text browser that takes the terminal over."""
+    return sys.platform != "linux" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 def _out(config: VoteConfig) -> Path:
@@ -164,16 +146,6 @@ def _tasks(config: VoteConfig) -> list[ImageSet]:
     if why:
         print(f"left out: {why}")
     return shuffled(tasks, config.annotator, config.seed)
-
-
-def _listen(config: VoteConfig, family: socket.AddressFamily) -> socket.socket:
-    try:
-        return socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"can't listen on {config.host}, port {config.port} ({error.strerror}); "
-            "choose another --port (0: any free one) or --host"
-        ) from error
 
 
 def _count(ballot: Ballot) -> str:

@@ -123,7 +123,9 @@ class Ballot:
         task, pair = self.tasks[number], self.mode == "pair"
         verdict = None if value is None else self._check(value, len(task.images), self.scale)
         paths = [Path(os.path.relpath(image, self.out.parent)).as_posix() for image in task.images]
-        uids = [None if value is None else _digest(image) for image in task.images]
+        uids = [_digest(image) for image in task.images]
+        if None in uids and value is not None:
+            raise ValueError("an image can't be read any more; skip this set")
         row = {
             "prompt": task.prompts[0] if len(task.prompts) == 1 else list(task.prompts),
             **(dict(zip(_PAIR, paths, strict=True)) if pair else {_LIST: paths}),
@@ -174,11 +176,12 @@ class Ballot:
                     )
 
 
-def _digest(image: Path) -> str:
+def _digest(image: Path) -> str | None:
+    """SHA-256 of the file, None if it can't be read."""
     try:
         return images.digest(images.load(str(image), image.parent))
-    except images.BadImage as error:
-        raise ValueError(f"{image.name} can't be read any more; skip this set") from error
+    except images.BadImage:
+        return None
 
 
 def _read(out: Path, column: str) -> list[dict[str, Any]]:

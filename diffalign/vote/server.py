@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Callable, Collection
 from typing import Any
 
 from flask import Blueprint, Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, NotFound, SecurityError
+from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
 
 from diffalign.data import images
 from diffalign.data.write import encoded
+from diffalign.errors import UserError
 from diffalign.report import render
 from diffalign.vote.ballot import AlreadyJudged, Ballot
 
+EVERYWHERE = "0.0.0.0"
 LARGEST_REQUEST = 64 * 1024  # bytes; a vote takes a hundred
 
 
@@ -145,3 +149,48 @@ def create_app(
 
     app.register_blueprint(page)
     return app
+
+
+class _Handler(WSGIRequestHandler):
+    """One request a connection, so that none outlives the server; no line in the log for each."""
+
+    protocol_version = "HTTP/1.0"
+
+    def log_request(self, *args: Any) -> None:
+        pass
+
+
+def serve(ballot: Ballot, *, host: str, port: int, until_done: bool, announce: Callable[[str], None]) -> None:
+    """Serve the page until voting ends or the user interrupts it.
+
+    Args:
+        ballot: what is judged.
+        host: IPv4 address or name to listen on.
+        port: 0 takes any free one.
+        until_done: end with the last vote.
+        announce: told the link to the page, once it can be opened.
+
+    Raises:
+        UserError: the address can't be listened on.
+    """
+    token = secrets.token_urlsafe(16)
+    name = get_interface_ip(socket.AF_INET) if host == EVERYWHERE else host
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(
+            f"can't listen on {host}, port {port} ({error.strerror}); "
+            "choose another --port (0: any free one) or --host"
+        ) from error
+    with listening:
+        port = listening.getsockname()[1]
+        app = create_app(
+            ballot,
+            token=token,
+            hosts=("127.0.0.1", "localhost", name),
+            stop=lambda: server.shutdown(),
+            until_done=until_done,
+        )
+        server = make_server(host, port, app, threaded=True, request_handler=_Handler, fd=listening.fileno())
+    announce(f"http://{name}:{port}/{token}/")
+    server.serve_forever()  # returns on Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from diffalign.errors import UserError
 
 Mode = Literal["pair", "rank", "rate"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})  # of images in folders without a table
+MOST_TASKS = 100_000
 Row = tuple[tuple[str, ...], tuple[Path, ...], str]  # prompts, image files, why it can't be used if so
 _NO_FILES = "the images of {} are no files to name in votes; write a folder first with diffalign data convert"
 
@@ -85,24 +87,33 @@ def arrange(
     Pairs of a prompt start with neighbours in a circle of its images, in the order drawn by `seed`, then
     take the next but one, and so on: with `per_prompt` no image comes up much oftener than another. Larger
     sets are cut into about equal parts of at most `set_size`.
+
+    Raises:
+        UserError: more than anybody can judge.
     """
     arranged: dict[tuple[tuple[str, ...], frozenset[Path]], ImageSet] = {}
     for prompts, images in sets:
         order = Random(f"{seed}/{prompts[0]}").sample(sorted(images), len(images))
-        n = len(order)
-        if mode == "pair":
-            parts: list[tuple[Path, ...]] = [
-                (order[i], order[(i + d) % n]) for d in range(1, n // 2 + 1) for i in range(n)
-            ]
-        else:
-            number = -(-n // set_size)
-            parts = [tuple(order[i::number]) for i in range(number)]
-        least = 1 if mode == "rate" else 2
-        found = {
-            part.key: part for part in (ImageSet(prompts, p) for p in parts) if len(part.images) >= least
-        }
-        arranged |= dict(list(found.items())[:per_prompt])
+        parts = _pairs(order) if mode == "pair" else _parts(order, set_size)
+        fit = (part for part in parts if len(part) >= (1 if mode == "rate" else 2))
+        for part in islice(fit, per_prompt):
+            task = ImageSet(prompts, part)
+            arranged[task.key] = task
+            if len(arranged) > MOST_TASKS:
+                raise UserError(f"more than {MOST_TASKS} pairs or sets, too many to judge; give --per_prompt")
     return list(arranged.values())
+
+
+def _pairs(order: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
+    n = len(order)
+    for distance in range(1, n // 2 + 1):
+        for i in range(n if 2 * distance < n else distance):
+            yield order[i], order[(i + distance) % n]
+
+
+def _parts(order: Sequence[Path], most: int) -> Iterator[tuple[Path, ...]]:
+    number = -(-len(order) // most)
+    yield from (tuple(order[i::number]) for i in range(number))
 
 
 def shuffled(tasks: Sequence[ImageSet], annotator: str, seed: int) -> list[ImageSet]:
