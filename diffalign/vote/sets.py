@@ -113,7 +113,10 @@ def _pairs(order: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
 
 def _parts(order: Sequence[Path], most: int) -> Iterator[tuple[Path, ...]]:
     number = -(-len(order) // most)
-    yield from (tuple(order[i::number]) for i in range(number))
+    for i in range(number):
+        part = order[i::number]
+        # One image alone can't be compared: three in sets of two make two sets.
+        yield tuple(part if len(part) > 1 else dict.fromkeys((*part, order[0])))
 
 
 def shuffled(tasks: Sequence[ImageSet], annotator: str, seed: int) -> list[ImageSet]:
