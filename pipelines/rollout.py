@@ -111,6 +111,11 @@ class RowNoise:
         drawn = [torch.randn(*leading, *self._shape, generator=g) for g in self._generators]
         return torch.stack(drawn, dim=len(leading)).to(self._device, non_blocking=True)
 
+    def choose(self, count: int) -> Tensor:
+        """``(rows,)``, one of 0 .. count - 1 for each row."""
+        chosen = [torch.randint(count, (), generator=g) for g in self._generators]
+        return torch.stack(chosen).to(self._device, non_blocking=True)
+
 
 @torch.no_grad()
 def rollout(

@@ -26,9 +26,11 @@ class Reward(nn.Module, ABC):
     Attributes:
         name: what messages and logs call it.
         differentiable: whether :meth:`score` has a gradient to the images.
+        step_aware: whether :meth:`score` also takes ``timesteps``, how noisy things still were.
     """
 
     differentiable = True
+    step_aware = False
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -54,7 +56,8 @@ class Reward(nn.Module, ABC):
                 score that is not finite.
         """
         self._check_input(images, prompts)
-        return self._checked(self.rewards(images, prompts), prompts)
+        scores = self.rewards(images, prompts) if len(images) else images.new_zeros(0)
+        return self._checked(scores, prompts)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The scores that the reward is made of, by name, each ``(B,)``; of a simple reward, its own."""

@@ -97,18 +97,29 @@ class Ensemble(Reward):
         self.coefficient, self.rejected_score = coefficient, rejected_score
         self.judges = nn.ModuleList(member.reward for member in members)
         self.differentiable = all(member.reward.differentiable for member in scored)
+        self.step_aware = any(member.reward.step_aware for member in members)
         repeated = Counter(names)
         self._labels = [
             f"{name}#{names[: i + 1].count(name)}" if repeated[name] > 1 else name
             for i, name in enumerate(names)
         ]
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(
+        self, images: Tensor, prompts: Sequence[str], timesteps: Tensor | float | None = None
+    ) -> Tensor:
+        """As :meth:`Reward.score`; members that are step-aware are told ``timesteps``."""
+        self._check_input(images, prompts)
+        return self._checked(self.combine(self.parts(images, prompts, timesteps)), prompts)
+
+    def parts(
+        self, images: Tensor, prompts: Sequence[str], timesteps: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
         """The score of each member as it is, gates included; two of one name are numbered."""
         found = {}
         for label, member in zip(self._labels, self.members, strict=True):
             given = images if member.at_least is None else images.detach()
-            found[label] = member.reward.score(given, prompts)
+            at = {"timesteps": timesteps} if member.reward.step_aware else {}
+            found[label] = member.reward.score(given, prompts, **at)
         return found
 
     def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -136,6 +136,8 @@ class StepAware(ClipReward):
         init: see :class:`Modulation`.
     """
 
+    step_aware = True
+
     def __init__(self, clip: Clip, *, init: Init = "identity", preprocess: Preprocess = "tensor") -> None:
         super().__init__("step-aware", clip, preprocess=preprocess)
         tower = _tower(clip)

@@ -14,7 +14,7 @@ log-ratios and the share of clipped ones instead.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,32 +27,47 @@ from diffalign.trainers.online import Item, Members, OnlineConfig, OnlineTrainer
 
 
 @dataclass(kw_only=True)
-class D3POConfig(OnlineConfig):
-    """D3PO: learn from comparisons of one's own samples, at every step of their trajectories.
+class PairItemConfig(OnlineConfig):
+    """Options of the clipped loss on pairs of steps.
 
     Args:
         beta: how strongly a pair pulls.
         clip: a likelihood ratio counts within 1 +- this, and has no gradient outside; 0 does not clip.
-        compare: all pairs of a prompt's images that differ, or best_worst alone; random_reward is the
-            published rule of PSO's Turbo script (first two images, one reward at random, ties to the second).
     """
 
     learning_rate: float = 3e-5
     adam_weight_decay: float = 1e-4
     rank: int = 4
-    same_start: bool = True
     beta: float = 0.1
     clip: float = 0.1
-    compare: Literal["all", "best_worst", "random_reward"] = "all"
 
     def check(self) -> None:
         super().check()
         self._need("beta", self.beta > 0, "above 0")
         self._need("clip", 0 <= self.clip < 1, "at least 0 and below 1")
+
+
+P = TypeVar("P", bound=PairItemConfig)
+
+
+@dataclass(kw_only=True)
+class D3POConfig(PairItemConfig):
+    """D3PO: learn from comparisons of one's own samples, at every step of their trajectories.
+
+    Args:
+        compare: all pairs of a prompt's images that differ, or best_worst alone; random_reward is the
+            published rule of PSO's Turbo script (first two images, one reward at random, ties to the second).
+    """
+
+    same_start: bool = True
+    compare: Literal["all", "best_worst", "random_reward"] = "all"
+
+    def check(self) -> None:
+        super().check()
         self._need("images_per_prompt", self.images_per_prompt >= 2, "at least 2: they are compared")
 
 
-class PairItemTrainer(OnlineTrainer[D3POConfig]):
+class PairItemTrainer(OnlineTrainer[P]):
     """Winners against losers among the steps of trajectories, in the clipped form of D3PO, SPO and PSO."""
 
     def item_losses(self, members: Members) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +92,7 @@ class PairItemTrainer(OnlineTrainer[D3POConfig]):
         }
 
 
-class D3POTrainer(PairItemTrainer):
+class D3POTrainer(PairItemTrainer[D3POConfig]):
     """``D3POTrainer(config, model=pipeline_or_path, dataset=prompts, reward=function).train()``."""
 
     method = "d3po"

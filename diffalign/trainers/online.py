@@ -63,6 +63,8 @@ class OnlineConfig(TrainConfig):
         sample_timesteps: where the network is asked, instead of sample_steps places that the pipeline's
             scheduler would take.
         sample_spacing: leading, trailing or linspace, instead of the spacing in the scheduler's config.
+        sample_end: the time where the last step ends, instead of the clean latent; at 0, where diffusers'
+            DDIM ends with Stable Diffusion, the last step still adds noise and can be learnt from.
         transition: how a step draws its next state: ddim, euler_ancestral, renoise or flow_sde.
         transition_options: eta of ddim, noise_level of flow_sde.
         trained_steps: share of the steps of a trajectory that are trained on, from the noisy end; steps
@@ -85,6 +87,7 @@ class OnlineConfig(TrainConfig):
     sample_guidance: float = 5.0
     sample_timesteps: list[float] = field(default_factory=list)
     sample_spacing: str | None = None
+    sample_end: float | None = None
     transition: str = "ddim"
     transition_options: dict[str, float] = field(default_factory=dict)
     trained_steps: float = 1.0
@@ -120,6 +123,19 @@ class Item(NamedTuple):
     after: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...] = ()
     values: tuple[float, ...] = ()
+
+
+class Rows(NamedTuple):
+    """What a process samples in a round, row by row.
+
+    ``prompts``: of the round's prompts; ``texts``: those; ``start_seeds``: of the starting noise; ``seeds``:
+    of all else that is drawn.
+    """
+
+    prompts: list[int]
+    texts: list[str]
+    start_seeds: list[int]
+    seeds: list[int]
 
 
 @dataclass
@@ -172,8 +188,9 @@ class OnlineTrainer(Trainer[O]):
         """What to learn from a round.
 
         Args:
-            index: ``(P, K, n + 1)``, the place of each state: prompt, image, step.
-            rewards: ``(P, K, R)``.
+            index: ``(P, K, n + 1)``, the place of each state: prompt, image, step; the last axis is as
+                :meth:`sample_rows` lays a row out.
+            rewards: ``(P, K, R)``, or what it gives per row.
             numbers: for random choices.
         """
 
@@ -199,6 +216,8 @@ class OnlineTrainer(Trainer[O]):
             if config.sample_timesteps
             else sampling_times(adapter, config.sample_steps, config.sample_spacing)
         )
+        if config.sample_end is not None:
+            times = np.append(times[:-1], config.sample_end)
         self.transition = Transition.along(
             adapter.schedule,
             adapter.prediction_type,
@@ -264,7 +283,8 @@ class OnlineTrainer(Trainer[O]):
         own = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         states, means, judged = self._sample(number, own, prompts)
         adapter.encoders_to("cpu")
-        rewards = self._gathered(judged).reshape(count, images, -1).double().cpu().numpy()
+        judged = self._gathered(judged)
+        rewards = judged.reshape(count, images, *judged.shape[1:]).double().cpu().numpy()
         states = self._gathered(states).cpu()
         means = None if means is None else self._gathered(means).cpu()
         length = states.shape[1]
@@ -276,7 +296,7 @@ class OnlineTrainer(Trainer[O]):
             prompts,
             states.flatten(0, 1),
             items,
-            _reward_metrics(rewards),
+            self.round_metrics(rewards),
             None if means is None else means.flatten(0, 1),
         )
 
@@ -297,11 +317,17 @@ class OnlineTrainer(Trainer[O]):
     def _sample(
         self, number: int, own: range, prompts: Sequence[str]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """States ``(rows, n + 1, ...)``, means and rewards ``(rows, R)`` of this process's prompts."""
+        """What :meth:`sample_rows` gives for the images of this process's prompts."""
         config, accelerator = self.config, self.accelerator
         cells = [(p, k) for p in own for k in range(config.images_per_prompt)]
         starts = [(p, 0 if config.same_start else k) for p, k in cells]
-        batches = -(-len(cells) // config.sample_batch_size)
+        rows = Rows(
+            [p for p, _ in cells],
+            [prompts[p] for p, _ in cells],
+            [draws.number(config.seed, "start", number, *cell) for cell in starts],
+            [draws.number(config.seed, "steps", number, *cell) for cell in cells],
+        )
+        batches = -(-len(cells) // self.rows_per_call)
         with (
             tqdm(
                 total=batches * len(self.transition),
@@ -312,31 +338,44 @@ class OnlineTrainer(Trainer[O]):
             ) as bar,
             accelerator.autocast(),
         ):
-            states, means = rollout(
-                self.adapter,
-                self.transition,
-                self.guidance,
-                [p for p, _ in cells],
-                shape=self.adapter.latent_shape(config.resolution),
-                start_seeds=[draws.number(config.seed, "start", number, *cell) for cell in starts],
-                seeds=[draws.number(config.seed, "steps", number, *cell) for cell in cells],
-                batch_size=config.sample_batch_size,
-                after_step=bar.update,
-                keep_means=self.needs_means,
-            )
-            images = decoded(self.adapter, states[:, -1], config.sample_batch_size)
-        return states, means, self._judged(images, [prompts[p] for p, _ in cells])
+            return self.sample_rows(rows, bar.update)
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows that are sampled together."""
+        return self.config.sample_batch_size
+
+    def sample_rows(
+        self, rows: Rows, after_step: Callable[[], object]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sample and judge.
+
+        Returns:
+            States ``(rows, n + 1, ...)`` and means ``(rows, n, ...)`` of :func:`rollout`, in host memory, and
+            rewards ``(rows, R)``.
+        """
+        states, means = rollout(
+            self.adapter,
+            self.transition,
+            self.guidance,
+            rows.prompts,
+            shape=self.adapter.latent_shape(self.config.resolution),
+            start_seeds=rows.start_seeds,
+            seeds=rows.seeds,
+            batch_size=self.rows_per_call,
+            after_step=after_step,
+            keep_means=self.needs_means,
+        )
+        return states, means, self.judged(states[:, -1], rows.texts)
 
     @torch.no_grad()
-    def _judged(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Rewards ``(rows, R)``; all images of a prompt were made together and are judged together."""
+    def judged(self, latents: Tensor, prompts: Sequence[str], **at: float) -> Tensor:
+        """Rewards ``(rows, R)`` of ``latents (rows, ...)``; all images of a prompt were made together and are
+        judged together. ``at`` goes to the reward."""
+        images = decoded(self.adapter, latents, self.config.sample_batch_size)
         images, prompts = images.to(self.accelerator.device), list(prompts)
-        if not isinstance(self.reward, Reward):
-            rewards = torch.as_tensor(self.reward(images, prompts)).float()
-        elif self.config.aggregate == "pareto":
-            rewards = torch.stack(list(self.reward.parts(images, prompts).values()), 1)
-        else:
-            rewards = self.reward.score(images, prompts)
+        with torch.autocast(images.device.type, enabled=False):
+            rewards = self._asked(images, prompts, **at)
         if rewards.ndim not in (1, 2) or len(rewards) != len(images):
             raise UserError(
                 f"the reward gave {tuple(rewards.shape)} for {len(images)} images; it must give one row each"
@@ -345,6 +384,17 @@ class OnlineTrainer(Trainer[O]):
             bad = int((~torch.isfinite(rewards.reshape(len(rewards), -1)).all(1)).nonzero()[0])
             raise UserError(f"the reward is not finite for an image of {prompts[bad]!r}")
         return rewards.reshape(len(rewards), -1)
+
+    def _asked(self, images: Tensor, prompts: list[str], **at: float) -> Tensor:
+        if not isinstance(self.reward, Reward):
+            return torch.as_tensor(self.reward(images, prompts)).float()
+        if self.config.aggregate == "pareto":
+            return torch.stack(list(self.reward.parts(images, prompts).values()), 1)
+        return self.reward.score(images, prompts, **at)
+
+    def round_metrics(self, rewards: np.ndarray) -> dict[str, float]:
+        """What the log says of a round's ``rewards``, shaped as :meth:`items` gets them."""
+        return reward_metrics(rewards)
 
     # ---------------------------------------------------------------- training
 
@@ -491,7 +541,7 @@ def _load(config: OnlineConfig) -> Reward:
     return load_rewards(config.rewards, aggregate=aggregate)
 
 
-def _reward_metrics(rewards: np.ndarray) -> dict[str, float]:
+def reward_metrics(rewards: np.ndarray) -> dict[str, float]:
     """Of a round's rewards ``(P, K, R)``, those of several rewards added up."""
     total = rewards.sum(2)
     return {
