@@ -158,6 +158,8 @@ class Trainer(ABC, Generic[C]):
         self.prepare()
         self._prepare_optimisation()
         start = self._restore(self._resume) if self._resume else 0
+        if accelerator.is_main_process:
+            checkpoint.rewind(self.folder, start)
         self._start_trackers()
         log = JsonLines(self.folder / LOG, start) if accelerator.is_main_process else None
         metrics: dict[str, Any] = {}

@@ -1,12 +1,15 @@
 """Checkpoints: folders ``checkpoint-<step>`` that are either whole or not there, and hold no pickle.
 
-A checkpoint is written into a hidden folder and renamed when complete, so a process killed at any moment
-leaves the earlier ones as they were.
+A checkpoint is written into a hidden folder and renamed when complete, and renamed again before it is
+deleted. So a process killed at any moment, or a full disk, leaves nothing that looks like a checkpoint and is
+none.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffalign.errors import UserError
+from diffalign.errors import RunFailed, UserError, describe
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+PARTIAL = ".part"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 
@@ -57,17 +64,51 @@ def resolve(choice: str, folder: Path) -> Path | None:
 
 
 def write(folder: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Let ``fill`` write the weights into a new checkpoint, add ``state`` as JSON, and make it visible."""
+    """Let ``fill`` write the weights into a new checkpoint, add ``state`` as JSON, and make it visible.
+
+    A checkpoint of this step that is there already is the one that the run came from, and stays.
+
+    Raises:
+        RunFailed: it could not be written, above all for want of space; the earlier ones are untouched.
+    """
     target = folder / f"{PREFIX}{step}"
-    part = folder / f".{PREFIX}{step}.part"
+    if (target / STATE).is_file():
+        return target
+    part = _hidden(target)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    fill(part)
-    (part / STATE).write_text(json.dumps(state, indent=2) + "\n")
-    if target.exists():  # a run that resumed from an earlier one writes it again
-        shutil.rmtree(target)
-    part.rename(target)
+    try:
+        part.mkdir(parents=True)
+        fill(part)
+        (part / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        for path in part.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        part.rename(target)
+    except (OSError, SafetensorError) as error:
+        last = checkpoints(folder)
+        rest = f"--resume_from_checkpoint latest goes on from {last[-1].name}" if last else "it is the first"
+        raise RunFailed(f"{target.name} was not written ({rest}): {describe(error)[0]}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _hidden(checkpoint: Path) -> Path:
+    """The name under which a checkpoint is written and deleted."""
+    return checkpoint.with_name(f".{checkpoint.name}{PARTIAL}")
+
+
+def _flush(path: Path) -> None:
+    """Make sure that the file is on the disk; a network drive may find only now that it is full."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no part of it looks like one in between."""
+    part = _hidden(checkpoint)
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(part))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -78,14 +119,28 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def rotate(folder: Path, limit: int | None) -> None:
     """Delete all but the newest ``limit`` checkpoints. Called after a new one is complete, never before."""
     for path in checkpoints(folder)[: -limit if limit else 0]:
-        shutil.rmtree(path)
+        _delete(path)
 
 
 def clear(folder: Path) -> None:
     """Delete every checkpoint, whole or partial."""
-    for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*.part")]:
+    for path in folder.glob(f"{PREFIX}*"):
         if path.is_dir():
-            shutil.rmtree(path)
+            _delete(path)
+    rewind(folder, 0)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Make ``step`` the newest state: delete what killed runs left half done, and set aside later checkpoints
+    as ``checkpoint-<step>.old``, since the run that goes on from here writes others in their place."""
+    for path in folder.glob(f".{PREFIX}*{PARTIAL}"):
+        shutil.rmtree(path)
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"{path.name}.old")
+            if aside.exists():
+                _delete(aside)
+            logger.warning("%s is from a later step than %d: now %s", path, step, path.rename(aside).name)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:

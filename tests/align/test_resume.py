@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.errors import RunFailed
 from diffalign.trainers import checkpoint
 from diffalign.trainers.log import JsonLines, read
 
@@ -146,12 +147,36 @@ def test_a_partial_checkpoint_is_not_one(tmp_path):
         (folder / "weights").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFailed, match=r"checkpoint-7 was not written \(it is the first\).*disk full"):
         checkpoint.write(tmp_path, 7, broken, {})
     assert checkpoint.checkpoints(tmp_path) == []
+    assert not (tmp_path / ".checkpoint-7.part").exists()
     done = checkpoint.write(tmp_path, 7, lambda folder: None, {"step": 7})
     assert checkpoint.checkpoints(tmp_path) == [done]
     assert checkpoint.read_state(done) == {"step": 7}
+
+
+def test_going_back_sets_later_checkpoints_aside(trainer, caplog):
+    trainer(checkpointing_steps=1, max_train_steps=3).train()
+    run = trainer(checkpointing_steps=3, max_train_steps=2, resume_from_checkpoint="checkpoint-1")
+    run.train()
+    assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2.old",
+        "checkpoint-3.old",
+    ]
+    assert "checkpoint-3 is from a later step than 1: now checkpoint-3.old" in caplog.text
+    # A second time what was set aside before gives way, and latest is what the last run wrote.
+    trainer(checkpointing_steps=1, max_train_steps=3, resume_from_checkpoint="latest").train()
+    trainer(max_train_steps=2, resume_from_checkpoint="checkpoint-1").train()
+    assert checkpoint.resolve("latest", run.folder) == run.folder / "checkpoint-1"
+    assert (run.folder / "checkpoint-3.old" / checkpoint.STATE).is_file()
+
+
+def test_a_checkpoint_that_the_run_came_from_is_not_written_again(tmp_path):
+    checkpoint.write(tmp_path, 7, lambda folder: None, {"step": 7})
+    checkpoint.write(tmp_path, 7, lambda folder: pytest.fail("written again"), {"step": 8})
+    assert checkpoint.read_state(tmp_path / "checkpoint-7") == {"step": 7}
 
 
 def test_rotation_keeps_the_newest(tmp_path):
