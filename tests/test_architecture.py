@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     # The playground's scorer and verifier have names in the table of rewards.
     "rewards": {"playground"},
     "data": set(),
+    "vote": {"data"},
     "likelihood": {"solvers"},
     "models": {"solvers", "likelihood"},
     # The playground's shipped models have names that the loader knows.
