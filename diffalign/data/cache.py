@@ -29,6 +29,7 @@ from diffalign.errors import RunFailed, UserError
 from diffalign.output import write_json
 
 SHARD_ROWS = 256  # rows that a killed process may lose; SDXL moments of 1024 px in fp16: 128 MB
+CLIP_SHARD_ROWS = 16  # likewise of clips
 GIB = 2**30
 
 Posterior = Literal["sample", "mean"]
@@ -245,7 +246,8 @@ def cached_examples(
                 yield from ((key, image) for key, image in fitted.items() if key not in given)
                 given |= fitted.keys()
 
-        _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image")
+        rows = CLIP_SHARD_ROWS if dataset.frames else SHARD_ROWS
+        _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image", rows)
         wanted = list(dict.fromkeys(text for visit in visits for side in visit.texts for text in side))
         bar = tqdm(wanted, "encode prompts", disable=None if progress else True, unit="prompt")
         missing = ((content_key(text), text) for text in bar if content_key(text) not in texts)
@@ -309,8 +311,9 @@ def _fill(
     batch_size: int,
     dtype: torch.dtype,
     what: str,
+    shard_rows: int = SHARD_ROWS,
 ) -> None:
-    """Encode `items` into shards of `SHARD_ROWS`.
+    """Encode `items` into shards of `shard_rows`.
 
     No batch crosses a shard, so that a resumed run makes the same batches as an undisturbed one.
     """
@@ -340,7 +343,7 @@ def _fill(
         waiting.append(item)
         if len(waiting) == batch_size:
             encode_waiting()
-        if len(keys) == SHARD_ROWS:
+        if len(keys) == shard_rows:
             write()
     write()
 

@@ -62,7 +62,6 @@ class ModelAdapter(ABC):
     denoiser_name: ClassVar[str]  # the attribute of the pipeline, which is also the folder of its weights
     lora_targets: ClassVar[tuple[str, ...]]
     encoder_names: ClassVar[tuple[str, ...]]  # needed for encoding only, may leave the device afterwards
-    video: ClassVar[bool] = False  # whether images have a time axis: (rows, C, frames, H, W)
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline  # Any: which parts it has is known to the family, not to the type
@@ -120,6 +119,15 @@ class ModelAdapter(ABC):
     @property
     def _zeros_when_empty(self) -> bool:
         return False
+
+    def check_clip(self, clip: Sequence[int]) -> None:
+        """Refuse a size (frames, height, width) that the model cannot be shown; empty stands for images.
+
+        Raises:
+            UserError: says which sizes there are.
+        """
+        if clip:
+            raise UserError(f"clip is for video models, but {type(self.pipeline).__name__} makes images")
 
     def size_conditions(
         self, original_size: Tensor, crop_top_left: Tensor, target: Tensor

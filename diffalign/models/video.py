@@ -29,7 +29,6 @@ class WanAdapter(ModelAdapter):
     denoiser_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     encoder_names = ("vae", "text_encoder")
-    video = True
     default_resolution = 480
 
     def __init__(self, pipeline: Any) -> None:
@@ -39,6 +38,25 @@ class WanAdapter(ModelAdapter):
                 "supported: take a model with one, such as Wan 2.1 or Wan 2.2 5B"
             )
         super().__init__(pipeline)
+
+    def check_clip(self, clip: Sequence[int]) -> None:
+        if not clip:
+            raise UserError(
+                "this is a video model: say what it is shown as clip, frames, height and width, such as "
+                "--clip 81 480 832"
+            )
+        pipe = self.pipeline
+        _, *patch = self.module.config.patch_size
+        temporal, *spatial = (
+            pipe.vae_scale_factor_temporal,
+            *(pipe.vae_scale_factor_spatial * p for p in patch),
+        )
+        frames, *sides = clip
+        if (frames - 1) % temporal or any(side % step for side, step in zip(sides, spatial, strict=True)):
+            raise UserError(
+                f"clip must be {temporal} k + 1 frames of a height and width divisible by "
+                f"{' and '.join(map(str, spatial))}, but is {list(clip)}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
