@@ -23,6 +23,7 @@ from diffalign.data.cache import CachedExamples, cached_examples
 from diffalign.data.transforms import size_of
 from diffalign.errors import UserError
 from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
+from diffalign.models import ModelAdapter
 from diffalign.models.base import EmptyCaption
 from diffalign.trainers import draws, validation
 from diffalign.trainers.base import Trainer
@@ -30,6 +31,8 @@ from diffalign.trainers.config import TrainConfig
 
 D = TypeVar("D", bound="DenoisingConfig")
 Examples = PairDataset | ImageDataset
+
+CLIPS_READ = 16  # before the model is loaded, to see whether they can be
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,7 @@ class DenoisingConfig(TrainConfig):
             shift what is drawn as their scheduler does.
         logit_mean: of logit_normal; above 0 prefers the noisy end.
         logit_std: of logit_normal.
+        timesteps: draw from these times only, instead: those that a few-step model is asked at.
         time_ids: what SDXL is told of an image's size and crop: its own (image), or that of an
             uncropped image at the training resolution (resolution), as the published code does.
         empty_caption: what a dropped caption becomes: the pipeline's own unconditional input
@@ -48,6 +52,8 @@ class DenoisingConfig(TrainConfig):
         weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
         snr_gamma: gamma of weighting snr_gamma.
         columns: which column holds what, where names differ, such as {prompt: text, chosen: good}.
+        clip: frames, height and width of what a video model is shown, such as [81, 480, 832], from animated
+            WebP, PNG or GIF files; empty for images.
         max_bad: share of damaged rows (unreadable images, empty captions) that a data set may have.
         reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
             time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
@@ -61,11 +67,13 @@ class DenoisingConfig(TrainConfig):
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    timesteps: list[float] = field(default_factory=list)
     time_ids: Literal["image", "resolution"] = "image"
     empty_caption: EmptyCaption = "as_pipeline"
     weighting: str = "native"
     snr_gamma: float = 5.0
     columns: dict[str, str] = field(default_factory=dict)
+    clip: list[int] = field(default_factory=list)
     max_bad: float = 0.01
     reference_draws: int = 0
     validation_dataset: str | None = None
@@ -82,6 +90,13 @@ class DenoisingConfig(TrainConfig):
         if (self.validation_share or self.validation_dataset) and not self.validation_steps:
             raise UserError("held-out pairs are judged every validation_steps steps: set it as well")
         self._need("logit_std", self.logit_std > 0, "above 0")
+        self._need("clip", len(self.clip) in (0, 3) and min(self.clip, default=1) > 0, "three whole numbers")
+        if self.clip and (self.resolution or self.validation_prompts):
+            raise UserError(
+                "clip says the size of what a video model is shown, and no videos are drawn on the way: "
+                "leave resolution and validation_prompts out"
+            )
+        self._need("timesteps", all(t >= 0 for t in self.timesteps), "times of the model's schedule")
         self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
         self._need("snr_gamma", self.snr_gamma > 0, "above 0")
         self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
@@ -146,10 +161,10 @@ class DenoisingTrainer(Trainer[D]):
 
     def open_data(self) -> None:
         config = self.config
-        self.examples = self.open_examples(self._dataset, config.max_train_samples)
+        self.examples = self._open(self._dataset, config.max_train_samples)
         self.held_out: Examples | None = None
         if config.validation_dataset:
-            self.held_out = self.open_examples(config.validation_dataset, config.validation_pairs)
+            self.held_out = self._open(config.validation_dataset, config.validation_pairs)
         elif config.validation_share:
             self.examples, held_out = self.examples.split_by_prompt(config.validation_share)
             self.held_out = held_out[: config.validation_pairs]
@@ -159,6 +174,25 @@ class DenoisingTrainer(Trainer[D]):
                     f"train on and {len(self.held_out)} to judge: choose another share"
                 )
         self.data_length = len(self.examples)
+
+    def _open(self, source: Any, limit: int | None) -> Examples:
+        examples = self.open_examples(source, limit)
+        if self.config.clip:
+            examples = examples.as_clips(self.config.clip[0])
+            examples.refuse_if_damaged(self.config.max_bad, CLIPS_READ)
+        return examples
+
+    def _load_model(self) -> ModelAdapter:
+        adapter = super()._load_model()
+        adapter.check_clip(self.config.clip)
+        return adapter
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the model is shown."""
+        if self.config.clip:
+            return self.config.clip[1], self.config.clip[2]
+        return size_of(self.config.resolution or self.adapter.default_resolution)
 
     def encode(self) -> None:
         config, adapter = self.config, self.adapter
@@ -176,7 +210,8 @@ class DenoisingTrainer(Trainer[D]):
             encode_images=adapter.encode_images,
             encode_prompts=adapter.encode_prompts,
             key={"family": type(adapter).__name__, **adapter.identity()},
-            resolution=config.resolution or adapter.default_resolution,
+            resolution=self.size,
+            batch_size=1 if config.clip else 8,
             center_crop=config.center_crop,
             random_flip=config.random_flip,
             dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
@@ -231,8 +266,7 @@ class DenoisingTrainer(Trainer[D]):
             cond[name][len(rows) :] = values.to(device, non_blocking=True)
 
         original, corner = found["original_size"], found["crop_top_left"]
-        target = torch.tensor(size_of(self.config.resolution or self.adapter.default_resolution))
-        target = target.expand_as(original)
+        target = torch.tensor(self.size).expand_as(original)
         if self.config.time_ids == "resolution":
             original, corner = target, torch.zeros_like(corner)
         sizes = self.adapter.size_conditions(by_row(original), by_row(corner), by_row(target))
@@ -269,6 +303,9 @@ class DenoisingTrainer(Trainer[D]):
 
     def _time(self, numbers: np.random.Generator) -> float:
         config, schedule = self.config, self.adapter.schedule
+        if config.timesteps:
+            t = float(numbers.choice(config.timesteps))
+            return t if schedule.is_flow else int(t)
         if config.timestep_sampling == "uniform" and not schedule.is_flow:
             return int(numbers.integers(schedule.num_train_timesteps))
         if config.timestep_sampling == "uniform":
