@@ -112,7 +112,7 @@ def run(config: VoteConfig) -> Path:
             if not config.no_open and _has_screen():
                 webbrowser.open(link)
 
-        if ballot.next or not config.until_done:
+        if ballot.coming or not config.until_done:
             serve(ballot, host=config.host, port=config.port, until_done=config.until_done, announce=announce)
         print(_summary(ballot))
     return out

@@ -80,7 +80,7 @@ class Ballot:
         self._rows = _read(out, self._column)
         self._refuse_replaced()
         of_key = {task.key: number for number, task in enumerate(tasks)}
-        # Task number -> its row. Of one set judged twice, by hand or by joined files, the later vote counts.
+        # Task number -> this annotator's row, in the order of the file.
         self._judged = {
             of_key[key]: row
             for row in self._rows
@@ -89,7 +89,7 @@ class Ballot:
         self._open = deque(number for number in range(len(tasks)) if number not in self._judged)
 
     @property
-    def next(self) -> list[int]:
+    def coming(self) -> list[int]:
         """Numbers of the set to be judged now and of the one after it, as far as there are any."""
         with self._lock:
             return list(self._open)[:2]

@@ -55,7 +55,7 @@ def create_app(
         }
 
     def state(status: int = 200) -> Response:
-        coming = [shown(number) for number in ballot.next]
+        coming = [shown(number) for number in ballot.coming]
         answer = jsonify(
             mode=ballot.mode,
             scale=ballot.scale,

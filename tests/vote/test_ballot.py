@@ -28,7 +28,7 @@ def test_pairs_are_read_as_preference_pairs_with_no_conversion(folder, helpers):
     assert [bad.reason for bad in pairs.skipped] == ["tie", "no label"]
     assert open_pairs(ballot.out, ties="soft").preferences == [1.0, 1.0, 0.5]
     assert ballot.verdicts == {"judged": 2, "ties": 1, "skipped": 1}
-    assert ballot.next == []
+    assert ballot.coming == []
 
 
 def test_rankings_and_ratings_are_read_as_lists(folder, helpers):
@@ -56,7 +56,7 @@ def test_rankings_and_ratings_are_read_as_lists(folder, helpers):
 def test_two_annotators_share_a_file_and_their_votes_are_shares(folder, helpers):
     for annotator, values in (("anna", (1, 1)), ("bob", (0, 1))):
         ballot = helpers.ballot_of(folder, annotator=annotator)
-        assert ballot.next == [0, 1]  # bob has not seen what anna judged
+        assert ballot.coming == [0, 1]  # bob has not seen what anna judged
         for number, value in enumerate(values):
             ballot.cast(number, value)
     pairs = open_pairs(ballot.out, selection=Selection(votes="share"), ties="soft")
@@ -82,7 +82,7 @@ def test_what_is_no_verdict_is_refused(folder, helpers, mode, value):
     with pytest.raises(ValueError, match=r"\d"):
         ballot.cast(0, value)
     assert not ballot.out.exists()
-    assert ballot.next == [0, 1]
+    assert ballot.coming == [0, 1]
 
 
 @pytest.mark.parametrize("number", [-1, 4, "0", 0.0, True, None])
@@ -110,7 +110,7 @@ def test_any_course_of_votes_undos_and_restarts(folder, helpers, course):
             ballot.undo()
             if expected:
                 number, _ = expected.pop()
-                assert ballot.next[0] == number
+                assert ballot.coming[0] == number
         elif event == "restart":
             ballot = helpers.ballot_of(folder)
         elif event[0] in dict(expected):
@@ -121,8 +121,8 @@ def test_any_course_of_votes_undos_and_restarts(folder, helpers, course):
             expected.append(event)
         assert [row["label_0"] for row in helpers.rows_of(ballot.out)] == [value for _, value in expected]
         assert ballot.judged == len(expected)
-        assert set(ballot.next) <= set(range(4)) - set(dict(expected))
-        assert bool(ballot.next) == (len(expected) < 4)
+        assert set(ballot.coming) <= set(range(4)) - set(dict(expected))
+        assert bool(ballot.coming) == (len(expected) < 4)
 
 
 def test_votes_from_many_threads_count_once_each(tmp_path, helpers):
@@ -144,7 +144,7 @@ def test_votes_from_many_threads_count_once_each(tmp_path, helpers):
     rows = helpers.rows_of(ballot.out)
     assert len({frozenset((row["image_0"], row["image_1"])) for row in rows}) == len(rows) == 36
     assert len(refused) == 3 * 36
-    assert helpers.ballot_of(folder).next == []
+    assert helpers.ballot_of(folder).coming == []
 
 
 def test_a_full_disk_loses_the_vote_at_hand_alone(folder, helpers, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_full_disk_loses_the_vote_at_hand_alone(folder, helpers, monkeypatch):
             with pytest.raises(OSError, match="No space"):
                 act()
     assert ballot.out.read_bytes() == before
-    assert ballot.next == [1, 2]
+    assert ballot.coming == [1, 2]
     assert sorted(p.name for p in folder.iterdir() if "votes" in p.name) == ["votes.jsonl"]
     ballot.cast(1, 1)
     assert len(helpers.rows_of(ballot.out)) == 2
@@ -211,5 +211,5 @@ def test_any_prompt_survives(tmp_path, helpers):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ballot = helpers.ballot_of(tmp_path)
     ballot.cast(0, 1)
-    assert helpers.ballot_of(tmp_path).next == []
+    assert helpers.ballot_of(tmp_path).coming == []
     assert open_pairs(ballot.out).all_prompts == [(odd, "other wording")]
