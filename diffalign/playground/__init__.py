@@ -2,6 +2,8 @@
 
 from diffalign.playground import load, model_path
 pipe = load()                      # the StableDiffusionPipeline in diffalign/playground/assets/sd
+flow = load("flow")                # the same as a rectified flow, .../assets/flow
+fast = load("few-step")            # distilled: four steps, guidance_scale=1, .../assets/few-step
 scorer = load_scorer()             # the contrastive scorer in .../assets/scorer
 """
 
@@ -18,11 +20,11 @@ if TYPE_CHECKING:
     from diffalign.rewards.clip import ClipReward
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-MODELS = ("sd", "scorer")
+MODELS = ("sd", "flow", "few-step", "scorer")
 
 
 def model_path(name: str) -> Path:
-    """Folder of a shipped model: ``sd`` or ``scorer``, also spelt ``playground/sd``.
+    """Folder of a shipped model of `MODELS`; ``sd`` may also be spelt ``playground/sd``.
 
     Raises:
         UserError: no such model.
@@ -43,7 +45,7 @@ def model_path(name: str) -> Path:
 
 
 def load(name: str = "sd") -> StableDiffusionPipeline:
-    """The shipped pipeline in float32 on the CPU, without a progress bar of its own."""
+    """A shipped pipeline (``sd``, ``flow``, ``few-step``) in float32 on the CPU, without progress bar."""
     import torch
     from diffusers import StableDiffusionPipeline
 

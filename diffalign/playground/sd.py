@@ -185,6 +185,12 @@ def judge_autoencoder(vae: Any, captions: list[str], images: np.ndarray) -> dict
 # --- denoiser ---
 
 
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) numbers, each uniform in [0, 1), one in every n-th: less variance per batch, the same law per
+    row."""
+    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+
+
 def make_unet() -> Any:
     """2.8 M parameters; cross-attention at 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
@@ -238,11 +244,7 @@ def train_denoiser(
         x0 = latents[rows].float()
         dropped = torch.rand(batch_size, generator=generator) < 0.1
         condition = text(torch.where(dropped[:, None], empty, ids[rows])).last_hidden_state
-        # Stratified times: the same law per row, less variance per batch.
-        u = (
-            torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
-        ) / batch_size
-        t = (u * 1000).long().clamp(max=999)
+        t = (stratified(batch_size, generator) * 1000).long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
         x = alpha[t, None, None, None] * x0 + sigma[t, None, None, None] * noise
         predicted = unet(x.contiguous(memory_format=torch.channels_last), t, condition).sample
@@ -315,20 +317,31 @@ def build(
     pipe, seconds = train_denoiser(
         work, vae, tokenizer, latents, [s.caption for s in scenes], steps=steps, seed=seed
     )
-    if output.exists():
-        shutil.rmtree(output)
-    save_half(pipe, output)
-    shipped = StableDiffusionPipeline.from_pretrained(output)
-    shipped.set_progress_bar_config(disable=True)
-    facts |= judge(shipped, prompts=eval_prompts, seed=2, progress="judging", sheet=output / "samples.png")
+    facts |= ship(pipe, output, eval_prompts)
     return facts | {
         "vae_seconds": vae_seconds,
         "denoiser_seconds": seconds,
         "seconds": time.perf_counter() - began,
-        "parameters": float(
-            sum(p.numel() for m in (vae, pipe.unet, pipe.text_encoder) for p in m.parameters())
-        ),
     }
+
+
+def ship(pipe: Any, output: Path, prompts: int, **how: Any) -> dict[str, float]:
+    """Write ``output`` anew and `judge` what was written; accuracies and the number of parameters."""
+    if output.exists():
+        shutil.rmtree(output)
+    save_half(pipe, output)
+    shipped = StableDiffusionPipeline.from_pretrained(output)
+    facts = judge(shipped, prompts=prompts, seed=2, progress="judging", sheet=output / "samples.png", **how)
+    networks = (pipe.vae, pipe.unet, pipe.text_encoder)
+    return facts | {"parameters": float(sum(p.numel() for m in networks for p in m.parameters()))}
+
+
+def with_network(pipe: Any, unet: Any, scheduler: Any) -> Any:
+    """A pipeline of ``unet`` and ``scheduler`` that shares all other parts of ``pipe``."""
+    parts = pipe.components | {"unet": unet, "scheduler": scheduler}
+    new = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    new.set_progress_bar_config(disable=True)
+    return new
 
 
 def save_half(pipe: Any, output: Path) -> None:
