@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.errors import UserError
 from diffalign.output import write_json
@@ -75,8 +77,8 @@ class Clip(nn.Module, ABC):
         """``(B, D)`` of token ids ``(B, L)``."""
 
     @abstractmethod
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the image tower's activations in the backward pass instead of keeping them."""
+    def image_blocks(self) -> Iterable[nn.Module]:
+        """The layers of the image tower, which :func:`recompute` may be told of."""
 
     def save(self, folder: Path) -> None:
         """Write what :func:`load_clip` reads."""
@@ -93,10 +95,8 @@ class TransformersClip(Clip):
     def text_features(self, ids: Tensor) -> Tensor:
         return _vector(self.model.get_text_features(input_ids=ids))
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.model.gradient_checkpointing_enable()
-        for layer in self.model.vision_model.encoder.layers:
-            layer.training = True  # transformers checkpoints layers in training only; what they hold is not
+    def image_blocks(self) -> Iterable[nn.Module]:
+        return self.model.vision_model.encoder.layers
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -116,8 +116,12 @@ class OpenClip(Clip):
     def text_features(self, ids: Tensor) -> Tensor:
         return self.model.encode_text(ids)
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.model.set_grad_checkpointing(True)
+    def image_blocks(self) -> Iterable[nn.Module]:
+        from open_clip.modified_resnet import Bottleneck
+        from open_clip.transformer import ResidualAttentionBlock
+
+        visual = self.model.visual
+        return [m for m in visual.modules() if isinstance(m, Bottleneck | ResidualAttentionBlock)] or [visual]
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -157,7 +161,12 @@ def load_clip(folder: Path, *, reward: str) -> Clip:
 def _load_transformers(folder: Path) -> TransformersClip:
     from transformers import CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    model: Any
+    model, info = CLIPModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:  # they would be random
+        raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     length, words = (getattr(model.config.text_config, n) for n in ("max_position_embeddings", "vocab_size"))
     found = _read(folder / "preprocessor_config.json")
     mean, std = found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
@@ -257,18 +266,24 @@ class ClipReward(Reward):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if missing:
             self._known |= zip(missing, self.clip.texts(missing), strict=True)
-        vectors = torch.stack([self._known[prompt] for prompt in prompts]) if len(prompts) else None
+        vectors = torch.stack([self._known[prompt] for prompt in prompts])
         for old in list(self._known)[: max(0, len(self._known) - CACHED_PROMPTS)]:
             del self._known[old]
-        return vectors if vectors is not None else self.clip.texts([])
+        return vectors
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep no activations of the image tower: a third more time, a fraction of the memory."""
-        self.clip.enable_gradient_checkpointing()
+        recompute(self.clip.image_blocks())
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._known.clear()  # `.to` was called: what is kept is elsewhere, or of another precision
         return super()._apply(*args, **options)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Keep only the input of each block for the backward pass, whatever the module's own mode."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffalign.errors import UserError, suggestion
 from diffalign.rewards.clip import ClipReward, OpenClip, open_clip_pixels
 from diffalign.rewards.files import fill, local, needed, one_file, read_weights
 from diffalign.rewards.preprocess import Preprocess
 
-FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
+FILES = {"2": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 
 
 def load(
@@ -30,9 +31,16 @@ def load(
     """
     import open_clip
 
-    name = FILES[0] if version == "2.1" else FILES[1]
-    where = local(needed(path, reward="hpsv2", example="xswu/HPSv2"), reward="hpsv2", files=[name])
-    file = one_file(where, [name], reward="hpsv2")
+    if version not in FILES:
+        raise UserError(f"reward hpsv2: version must be {' or '.join(FILES)}, not {version!r}")
+    if architecture not in open_clip.list_models():
+        raise UserError(
+            f"reward hpsv2: no open_clip architecture {architecture!r}"
+            f"{suggestion(architecture, open_clip.list_models())}; the published weights are ViT-H-14"
+        )
+    files = [FILES[version]]
+    where = local(needed(path, reward="hpsv2", example="xswu/HPSv2"), reward="hpsv2", files=files)
+    file = one_file(where, files, reward="hpsv2")
     state = read_weights(file, reward="hpsv2")
     model = open_clip.create_model(architecture, pretrained=None)
     fill(model, state, reward="hpsv2", path=file)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.rewards.base import Reward
+from diffalign.rewards.clip import recompute
 from diffalign.rewards.files import affine, fill, local, needed, one_file, read_weights
 from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, to_square
 
@@ -92,9 +93,7 @@ class ImageReward(Reward):
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep no activations of the image tower: a third more time, a fraction of the memory."""
-        self.vision.gradient_checkpointing_enable()
-        for layer in self.vision.encoder.layers:
-            layer.training = True  # transformers checkpoints layers in training only; what they hold is not
+        recompute(self.vision.encoder.layers)
 
 
 def load(

@@ -20,7 +20,8 @@ def to_square(images: Tensor, size: int, *, fit: Fit = "crop", preprocess: Prepr
     """``(B, 3, size, size)`` float32 in [0, 1] of ``images (B, 3, H, W)`` in [0, 1], bicubic.
 
     Args:
-        fit: ``crop`` brings the shorter side to `size` and cuts the centre out; ``pad`` brings the longer
+        fit: ``crop`` brings the shorter side to `size` and cuts the centre out, as transformers does
+            (torchvision's centre is half a pixel further where the rest is odd); ``pad`` brings the longer
             side to it and puts black around.
         preprocess: ``tensor`` is differentiable; ``pil`` rounds to 8 bits and resizes with Pillow, as
             released scorers do, and has no gradient. They differ by about a grey level per pixel.
@@ -36,7 +37,8 @@ def _fitted(image, size: int, fit: Fit):  # type: ignore[no-untyped-def]  # a ba
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
     if fit == "crop":
         resized = F.resize(image, [size], InterpolationMode.BICUBIC, antialias=True)
-        return F.center_crop(resized, [size, size])
+        height, width = resized.shape[-2:] if isinstance(resized, Tensor) else resized.size[::-1]
+        return F.crop(resized, (height - size) // 2, (width - size) // 2, size, size)
     scale = size / max(height, width)
     inner = [max(1, round(height * scale)), max(1, round(width * scale))]
     resized = F.resize(image, inner, InterpolationMode.BICUBIC, antialias=True)
