@@ -81,6 +81,27 @@ COMMANDS: dict[str, Command] = {
         "diffalign train d3po --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
         "--rewards '[playground/scorer]'",
     ),
+    "train spo": Command(
+        "diffalign.trainers.spo:SPOConfig",
+        "diffalign.trainers.spo:run",
+        "learn from comparisons of single steps of one's own samples",
+        "diffalign train spo --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
+        "--rewards '[playground/scorer]'",
+    ),
+    "train pso": Command(
+        "diffalign.trainers.pso:PSOConfig",
+        "diffalign.trainers.pso:run",
+        "align a few-step distilled model on its own samples",
+        "diffalign train pso --pretrained_model_name_or_path models/sdxl-turbo --dataset_name prompts.txt "
+        "--rewards '[pickscore=models/PickScore_v1]'",
+    ),
+    "train pso-offline": Command(
+        "diffalign.trainers.pso:PSOOfflineConfig",
+        "diffalign.trainers.pso:run_offline",
+        "teach a few-step distilled model a subject or style from pairs",
+        "diffalign train pso-offline --pretrained_model_name_or_path models/sdxl-turbo "
+        "--dataset_name targets_and_samples/",
+    ),
     "train ddpo": Command(
         "diffalign.trainers.ddpo:DDPOConfig",
         "diffalign.trainers.ddpo:run",
@@ -95,11 +116,35 @@ COMMANDS: dict[str, Command] = {
         "diffalign train flow-grpo --pretrained_model_name_or_path models/sd3.5-medium "
         "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]'",
     ),
+    "train flow-rwr": Command(
+        "diffalign.trainers.flow_rwr:FlowRWRConfig",
+        "diffalign.trainers.flow_rwr:run",
+        "Flow-RWR: fine-tuning on scored images, better ones counting for more",
+        "diffalign train flow-rwr --config configs/train/flow_rwr_sd3.yaml --dataset_name scored/ --tau 0.5",
+    ),
     "train mapo": Command(
         "diffalign.trainers.mapo:MaPOConfig",
         "diffalign.trainers.mapo:run",
         "MaPO on preference pairs: no reference model",
         "diffalign train mapo --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
+    "train diffusion-kto": Command(
+        "diffalign.trainers.kto:DiffusionKTOConfig",
+        "diffalign.trainers.kto:run",
+        "Diffusion-KTO on images that were judged one by one, good or bad",
+        "diffalign train diffusion-kto --pretrained_model_name_or_path playground/sd --dataset_name judged/",
+    ),
+    "train seppo": Command(
+        "diffalign.trainers.seppo:SePPOConfig",
+        "diffalign.trainers.seppo:run",
+        "SePPO: good images alone, against samples of the model's earlier selves",
+        "diffalign train seppo --pretrained_model_name_or_path playground/sd --dataset_name good_images/",
+    ),
+    "train ddo": Command(
+        "diffalign.trainers.ddo:DDOConfig",
+        "diffalign.trainers.ddo:run",
+        "DDO: real images against the model's own samples, the likelihood ratio as discriminator",
+        "diffalign train ddo --pretrained_model_name_or_path playground/sd --dataset_name real_images/",
     ),
     "train sft": Command(
         "diffalign.trainers.sft:SFTConfig",
@@ -178,6 +223,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign.bench.step:run",
         "time scheduler.step() against diffusers' class of the same order",
         "diffalign bench step --shapes 1x4x64x64 --repeats 50",
+    ),
+    "bench align": Command(
+        "diffalign.bench.align:AlignConfig",
+        "diffalign.bench.align:run",
+        "compare alignment methods on the playground: verifier, scorer, implicit accuracy, against SFT",
+        "diffalign bench align --methods sft diffusion-dpo diffusion-kto --seeds 0 1 2",
     ),
     "bench train": Command(
         "diffalign.bench.train:BenchTrainConfig",
