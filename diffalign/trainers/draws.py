@@ -8,9 +8,15 @@ and replays nothing, and two processes draw what one would.
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
+
+from diffalign.solvers.noise import NoiseSchedule
+
+TimeSampling = Literal["uniform", "logit_normal"]
 
 
 def generator(*purpose: int | str) -> np.random.Generator:
@@ -32,3 +38,27 @@ def rows_at(positions: range, *, seed: int, length: int) -> list[int]:
 def number(*purpose: int | str) -> int:
     """A seed below 2^63 for generators of other libraries."""
     return int(generator(*purpose).integers(2**63))
+
+
+def time(
+    numbers: np.random.Generator,
+    schedule: NoiseSchedule,
+    sampling: TimeSampling,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> float:
+    """A training time, in the network's unit: uniform, or logit-normal (Esser et al. 2024)."""
+    if sampling == "uniform" and not schedule.is_flow:
+        return int(numbers.integers(schedule.num_train_timesteps))
+    if sampling == "uniform":
+        return time_at(schedule, 1.0 - numbers.random())
+    return time_at(schedule, 1.0 / (1.0 + math.exp(-numbers.normal(logit_mean, logit_std))))
+
+
+def time_at(schedule: NoiseSchedule, fraction: float) -> float:
+    """The time at `fraction` of the schedule: a training step if it is discrete; of a flow model any time but
+    0, shifted."""
+    if schedule.is_flow:
+        return float(schedule.shifted(fraction))
+    return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
