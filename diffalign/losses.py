@@ -117,6 +117,16 @@ def dmpo(chosen: Tensor, rejected: Tensor, beta: Beta, *, label_smoothing: float
     return exo_pair(chosen, rejected, beta, label_smoothing=label_smoothing)
 
 
+Flip = Literal["sign", "indicator", "none"]
+
+#: SePPO's s of ``d_w``: which way the counterpart is moved.
+_FLIPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "indicator": lambda d: (d > 0).to(d),
+    "none": torch.ones_like,
+}
+
+
 def seppo(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
     """``-log s( b (d_w - s d_l) )``, ``s = sign(d_w)`` without gradient: self-play (SePPO, Zhang et al.
     2024).
@@ -125,7 +135,12 @@ def seppo(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
     the chosen image better than that reference does, and pulled up while it fits it worse. At the reference s
     is 0: the first step is fine-tuning.
     """
-    return -logsigmoid(beta * (chosen - chosen.detach().sign() * rejected))
+    return -logsigmoid(seppo_logit(chosen, rejected, beta))
+
+
+def seppo_logit(chosen: Tensor, rejected: Tensor, beta: Beta, *, flip: Flip = "sign") -> Tensor:
+    """``b (d_w - s d_l)``; s is ``sign(d_w)``, its variant ``[d_w > 0]``, or 1, which is SPIN-Diffusion."""
+    return beta * (chosen - _FLIPS[flip](chosen.detach()) * rejected)
 
 
 def ddo(chosen: Tensor, rejected: Tensor, beta: Beta, *, fake_weight: float = 1.0) -> Tensor:
@@ -208,6 +223,26 @@ def sft(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
     """``-beta p_w``, half of beta times the denoising error of the chosen image: fine-tuning, a term to add
     to others. At weight 1 it pulls as hard as a pair that is not won yet pushes."""
     return -beta * chosen
+
+
+def pso(chosen: Tensor, rejected: Tensor, beta: Beta, *, negative_weight: float = 0.1) -> Tensor:
+    """``-log s( beta (d_w - nu d_l) )``: pairwise sample optimisation (PSO, Miao et al. 2024) of targets
+    against a few-step model's own samples, which are pushed away with weight nu only. Its published beta 5 is
+    of errors, hence 10 here."""
+    return -logsigmoid(beta * (chosen - negative_weight * rejected))
+
+
+def pso_db(chosen: Tensor, rejected: Tensor, beta: Beta, *, negative_weight: float = 0.1) -> Tensor:
+    """``relu(1 - beta (p_w - nu p_l))``: :func:`pso` with a hinge and without a reference, the form of its
+    released recipes."""
+    return torch.relu(1 - beta * (chosen - negative_weight * rejected))
+
+
+def prior(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
+    """``-beta p_l``, half of beta times the denoising error of the rejected image: keeps a model's own
+    samples likely where those are the rejected ones (DreamBooth's prior preservation), a term to add to
+    others."""
+    return -beta * rejected
 
 
 def modpo(
@@ -398,7 +433,10 @@ LOSSES: dict[str, Loss] = {
     "alphapo": Loss(alphapo, reference=False, options=("alpha", "gamma")),
     "orpo": Loss(orpo, reference=False),
     "mapo": Loss(mapo, reference=False, options=("snr", "steps", "sft_weight")),
+    "pso": Loss(pso, options=("negative_weight",)),
+    "pso_db": Loss(pso_db, reference=False, options=("negative_weight",)),
     "sft": Loss(sft, reference=False),
+    "prior": Loss(prior, reference=False),
 }
 
 

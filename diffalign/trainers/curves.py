@@ -31,6 +31,10 @@ def _metric(name: str) -> Callable[[Record], float | None]:
 #: title -> (level of a run that has learnt nothing, {label: (colour, value of a record)}). A panel or line
 #: without a value is left out; validation is drawn with dots.
 PANELS: dict[str, tuple[float | None, dict[str, tuple[str, Callable[[Record], float | None]]]]] = {
+    "reward of own samples": (
+        None,
+        {"mean": ("ours", _metric("reward")), "best of each prompt": ("good", _metric("reward_best"))},
+    ),
     "loss": (None, {"loss": ("muted", _metric("loss"))}),
     "pairs won (implicit accuracy)": (
         0.5,
@@ -51,6 +55,8 @@ PANELS: dict[str, tuple[float | None, dict[str, tuple[str, Callable[[Record], fl
         0.0,
         {"chosen": ("good", _rise("chosen")), "rejected": ("bad", _rise("rejected"))},
     ),
+    "divergence from the reference, per element": (0.0, {"KL of a step": ("theirs", _metric("kl"))}),
+    "ratios clipped: unhealthy above a half": (0.5, {"clipped": ("bad", _metric("clipped"))}),
 }
 
 
