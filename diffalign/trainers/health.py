@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+WATCHED = (
+    "errors/chosen",
+    "errors/reference_chosen",
+    "gradient_factor",
+    "logits_far",
+    "clipped",
+    "reward_equal",
+)
 SMOOTHING = 0.95  # of the running means that the conditions see; a single batch is mostly noise
 PATIENCE = 50  # steps in a row
 
@@ -24,6 +32,20 @@ ALARMS: dict[str, tuple[Condition, str]] = {
         lambda m: m["gradient_factor"] > 0.49,
         "the policy has not left its reference: raise --learning_rate or --beta_dpo",
     ),
+    "ratios clipped": (
+        lambda m: m["clipped"] > 0.5,
+        "most likelihood ratios are beyond the clip and teach nothing: lower --learning_rate or "
+        "--inner_epochs",
+    ),
+    "rewards equal": (
+        lambda m: m["reward_equal"] > 0.5,
+        "the images of most prompts have equal rewards and teach nothing: raise --images_per_prompt, or take "
+        "a finer reward",
+    ),
+    "beyond the sigmoid": (
+        lambda m: m["logits_far"] > 0.5,
+        "most logits are so large that their gradient is gone: lower --beta_ddo",
+    ),
 }
 
 
@@ -36,7 +58,7 @@ class Health:
 
     def update(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Alarms that this step sets off, name -> sentence. Metrics that a method lacks are not watched."""
-        for name in ("errors/chosen", "errors/reference_chosen", "gradient_factor"):
+        for name in WATCHED:
             if name in metrics:
                 before = self._smooth.get(name, metrics[name])
                 self._smooth[name] = SMOOTHING * before + (1 - SMOOTHING) * metrics[name]
