@@ -9,8 +9,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from diffalign.bench import gpu, record
 from diffalign.bench.networks import SD_SCHEDULER, UNETS, tiny_pipeline
+from diffalign.bench.record import command_line
 from diffalign.bench.samplers import compare_on_mixture, compare_samplers, parse_spec, relative_errors
-from diffalign.bench.samplers_report import SamplersConfig, _command
+from diffalign.bench.samplers_report import SamplersConfig
 from diffalign.bench.samplers_report import run as run_samplers
 from diffalign.bench.step import PAIRS, StepConfig, compare_steps, count_syncs, traffic
 from diffalign.bench.step import run as run_step
@@ -197,7 +198,7 @@ def test_the_command_of_a_report_repeats_it():
     config = SamplersConfig(
         solvers=["dpm-solver++:solver_order=2"], prompts=["a red star", "b"], overwrite=True
     )
-    words = shlex.split(_command(config))
+    words = shlex.split(command_line("bench samplers", config))
     assert words[:3] == ["diffalign", "bench", "samplers"]
     assert cli.parse(SamplersConfig, words[3:], prog="", example="") == config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +43,22 @@ def markdown(rows: Rows) -> str:
     names = list(rows[0])
     cells = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def command_line(name: str, config: Any) -> str:
+    """The command line that repeats a run: every option of ``config`` that differs from its default."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return json.dumps(value)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    default, words = type(config)(), ["diffalign", *name.split()]
+    for option, value in vars(config).items():
+        if value != getattr(default, option):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{option}", *(shlex.quote(text(v)) for v in values)]
+    return " ".join(words)
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +138,7 @@ def verifier_score(images: Any, prompts: Sequence[str]) -> list[float]:
 
 def write_report(out: Path, config: SamplersConfig, results: Mapping[float, Comparison]) -> str:
     """Write JSON, table, plots and page into ``out``; returns the table."""
-    from diffalign.bench.record import store
+    from diffalign.bench.record import command_line, store
     from diffalign.report import figure_png, figure_uri, render, save_png, versions
 
     rows = [row for result in results.values() for row in result.table()]
@@ -178,7 +177,7 @@ def write_report(out: Path, config: SamplersConfig, results: Mapping[float, Comp
         yardstick="the exact solution" if config.model == MIXTURE else "the model's own converged solution",
         steps=config.steps,
         parts=parts,
-        command=_command(config),
+        command=command_line("bench samplers", config),
         environment=versions(),
     )
     write_text(out / "report.html", page)
@@ -248,17 +247,3 @@ def _pictures(config: SamplersConfig, result: Comparison, shown: int = 3) -> lis
 
 def _count(results: Mapping[float, Comparison]) -> int:
     return len(next(iter(next(iter(results.values())).images.values())))
-
-
-def _command(config: SamplersConfig) -> str:
-    """The command line that repeats the run: every option that differs from its default."""
-    default = SamplersConfig()
-    words = ["diffalign", "bench", "samplers"]
-    for name, value in vars(config).items():
-        if value != getattr(default, name):
-            values = value if isinstance(value, list) else [value]
-            words += [
-                f"--{name}",
-                *(shlex.quote(f"{v:g}" if isinstance(v, float) else str(v)) for v in values),
-            ]
-    return " ".join(words)

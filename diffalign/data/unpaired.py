@@ -25,6 +25,7 @@ class LabelledImage:
     Attributes:
         id: the row's own id, or where it stands.
         prompt: its caption; empty where the set has none.
+        prompts: all captions of the row, `prompt` first.
         image: RGB, upright.
         label: probability that it is a good one, 0 to 1; None where nobody judged.
         digest: SHA-256 of the encoded bytes.
@@ -37,11 +38,10 @@ class LabelledImage:
     label: float | None = None
     digest: str = ""
     clip: Clip | None = None
+    prompts: tuple[str, ...] = ()
 
-    @property
-    def prompts(self) -> tuple[str]:
-        """Of the row: there is one."""
-        return (self.prompt,)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", self.prompts or (self.prompt,))
 
     @property
     def images(self) -> tuple[Image.Image | Clip]:
@@ -98,6 +98,7 @@ class ImageDataset(Examples[LabelledImage, ImageRow]):
         return LabelledImage(
             id=row.id,
             prompt=row.prompts[0],
+            prompts=row.prompts,
             image=clip[0],
             label=row.label,
             digest=images.digest(payloads[0]),
@@ -119,9 +120,10 @@ def open_images(
     """Open single images, wherever they are.
 
     Args:
-        source: as for :func:`diffalign.data.open_pairs`. Columns are ``image`` (or ``file_name``, as
-            imagefolder sets have it) and, optionally, ``prompt``, ``label`` and ``id``. A set of pairs gives
-            its chosen images with label 1 and its rejected ones with label 0.
+        source: as for :func:`diffalign.data.open_pairs`, or pairs that are open already. Columns are
+            ``image`` (or ``file_name``, as imagefolder sets have it) and, optionally, ``prompt``, ``label``
+            and ``id``. A set of pairs gives its chosen images with label 1 and its rejected ones with label
+            0.
         split, columns, limit, max_bad, scan: likewise.
         min_side: leave images out that have a side below this many pixels.
         drop_nsfw: leave rows out that the nsfw column marks.
@@ -130,6 +132,8 @@ def open_images(
         UserError: as :func:`diffalign.data.open_pairs`.
     """
     check_limits(limit, max_bad)
+    if isinstance(source, PairDataset):
+        return _apart(source, limit, min_side, max_bad, scan)
     table = open_table(source, split)
     roles = resolve_images(table.name, table.columns, columns)
     if roles is None:

@@ -56,7 +56,12 @@ def named_adapter(name: str) -> Reference:
 
 def frozen_copy(module: nn.Module) -> Reference:
     """A copy of ``module`` as it is now: the reference of full fine-tuning. Costs its weights once more."""
-    twin = copy.deepcopy(module).requires_grad_(False).eval()
+    return frozen(copy.deepcopy(module))
+
+
+def frozen(twin: nn.Module) -> Reference:
+    """Another network in place of the one in training."""
+    twin.requires_grad_(False).eval()
 
     @contextmanager
     def twin_instead(_: nn.Module) -> Iterator[nn.Module]:

@@ -88,7 +88,7 @@ def upload(folder: Path, repository: str) -> None:
         upload_folder(
             repo_id=repository,
             folder_path=folder,
-            ignore_patterns=["checkpoint-*", "cache/*", "logs/*", ".*"],
+            ignore_patterns=["checkpoint-*", "cache/*", "self-play/*", "logs/*", ".*"],
             commit_message="Trained with diffalign",
         )
     except (HfHubHTTPError, OSError, ValueError) as error:

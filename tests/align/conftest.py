@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from diffalign.bench.networks import tiny_pipeline
-from diffalign.data import PairDataset, write_pairs
+from diffalign.data import PairDataset, open_images, write_pairs
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
 
 
@@ -69,6 +69,32 @@ def pairs():
 @pytest.fixture(scope="session")
 def pairs_folder(tmp_path_factory, pairs):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs", [pairs[i] for i in range(len(pairs))])
+
+
+@pytest.fixture(scope="session")
+def singles(pairs_folder):
+    """The 32 images of the pairs one by one: the chosen ones good, the rejected ones bad."""
+    return open_images(pairs_folder)
+
+
+@pytest.fixture
+def run_of(tmp_path, model_folder, singles, shared_cache):
+    """``run_of(config class, trainer class, name, **options)``: on single images and the tiny model."""
+
+    def make(config, trainer, name="run", dataset=None, **options):
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "cache_dir": str(shared_cache),
+            "train_batch_size": 8,
+            "max_train_steps": 3,
+            "learning_rate": 1e-3,
+            "rank": 4,
+            "checkpointing_steps": 0,
+            "progress": False,
+        }
+        return trainer(config(**(settings | options)), model=model_folder, dataset=dataset or singles)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,83 @@
+"""The contest of alignment methods as JSON, CSV, table, plot and one self-contained page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.bench.record import command_line, store
+from diffalign.output import write_text
+from diffalign.report import PALETTE, figure_png, figure_uri, new_figure, render, save_png, versions
+
+if TYPE_CHECKING:
+    from diffalign.bench.align import AlignConfig
+
+Row = Mapping[str, Any]
+
+
+def write_report(folder: Path, config: AlignConfig, rows: Sequence[Row]) -> str:
+    """Write everything into ``folder``; returns the table."""
+    shown = [shown_row(row) for row in rows]
+    text = store(folder, "align", config, rows, shown)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(shown[0]))
+    writer.writeheader()
+    writer.writerows(shown)
+    write_text(folder / "align.csv", buffer.getvalue())
+    figure = gains(rows)
+    save_png(folder / "gains.png", figure_png(figure))
+    page = render(
+        "align.html",
+        config=config,
+        rows=shown,
+        plot=figure_uri(figure),
+        pictures=len(config.seeds) * config.eval_prompts,
+        command=command_line("bench align", config),
+        environment=versions(),
+    )
+    write_text(folder / "report.html", page)
+    return text
+
+
+def shown_row(row: Row) -> dict[str, str]:
+    """A row as people read it: points with 95 % intervals; a dash where there is nothing."""
+    base = row["method"] == "base"
+
+    def interval(name: str) -> str:
+        found = row.get(name)
+        if found is None:
+            return "-"
+        return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+    return {
+        "method": row["method"] + (" *" if row.get("reference") else ""),
+        "verifier": f"{row['verifier']['value']:.1%}",
+        "gain": interval("gain"),
+        "by seed": "-" if base else ", ".join(f"{100 * gain:+.1f}" for gain in row["by_seed"]),
+        "against sft": interval("against_sft"),
+        "scorer": f"{row['scorer']:.2f}",
+        "pairs won": "-" if base else f"{row['implicit']['value']:.0%}",
+        "step cost": "-" if row.get("step_cost") is None else f"{row['step_cost']:.2f}",
+        "verdict": row.get("verdict", "-"),
+    }
+
+
+def gains(rows: Sequence[Row]) -> Any:
+    """Gain in verifier accuracy with its interval, best on top; a dot for each seed."""
+    ranked = sorted(rows[1:], key=lambda row: row["gain"]["value"])
+    figure, axes = new_figure(8.5, 0.45 * len(ranked) + 1.3)
+    axes.axvline(0, color=PALETTE["muted"], lw=1, ls=":")
+    for place, row in enumerate(ranked):
+        gain = row["gain"]
+        colour = PALETTE["ours" if row["reference"] else "theirs"]
+        low, high = (abs(gain[end] - gain["value"]) for end in ("low", "high"))
+        spread = [[100 * low], [100 * high]]
+        axes.errorbar(100 * gain["value"], place, xerr=spread, fmt="o", color=colour, capsize=3)
+        seeds = [100 * one for one in row["by_seed"]]
+        axes.plot(seeds, [place + 0.2] * len(seeds), "|", color=colour)
+    axes.set_yticks(range(len(ranked)), [row["method"] for row in ranked])
+    axes.set_xlabel("gain in verifier accuracy over the base model, points")
+    return figure
