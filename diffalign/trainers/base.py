@@ -132,6 +132,19 @@ class Trainer(ABC, Generic[C]):
     def begin_step(self, step: int) -> None:
         """Called before the first micro-batch of ``step``, in all processes: get what it will train on."""
 
+    def make_weights(self) -> Weights:
+        """The weights in training, of the model that has just been loaded."""
+        return Weights(self.adapter, self.config)
+
+    @property
+    def trained(self) -> Any:
+        """The network in training: bare, or as accelerate wraps it while the loop runs."""
+        return self.adapter.denoiser
+
+    @trained.setter
+    def trained(self, network: Any) -> None:
+        self.adapter.denoiser = network
+
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> TrainResult:
@@ -146,7 +159,7 @@ class Trainer(ABC, Generic[C]):
         self.adapter = self._load_model()
         self.pipeline = self.adapter.pipeline
         # Weights come before the data: an init_lora that does not fit should not wait for a whole encoding.
-        self.weights = Weights(self.adapter, config)
+        self.weights = self.make_weights()
         self.adapter.module.to(accelerator.device)
         self.adapter.encoders_to(accelerator.device)
         with accelerator.main_process_first():
@@ -255,7 +268,7 @@ class Trainer(ABC, Generic[C]):
 
     def exchanged(self, last: bool) -> AbstractContextManager[Any]:
         """Where a backward pass belongs: processes exchange gradients in the last one of a step only."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.adapter.denoiser)
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.trained)
 
     data_length: int  # pairs of the data; set by open_data or prepare
 
@@ -360,7 +373,7 @@ class Trainer(ABC, Generic[C]):
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         ).lr_lambdas[0]
-        self.adapter.denoiser, self.optimizer = accelerator.prepare(self.adapter.module, optimizer)
+        self.trained, self.optimizer = accelerator.prepare(self.trained, optimizer)
         self.ema = EMAModel(self.weights.trainable, decay=config.ema_decay) if config.use_ema else None
         if self.ema:
             self.ema.to(accelerator.device)
@@ -462,7 +475,7 @@ class Trainer(ABC, Generic[C]):
     # ---------------------------------------------------------------- result
 
     def _finish(self, metrics: dict[str, Any], alarms: dict[str, str]) -> None:
-        self.adapter.denoiser = self.accelerator.unwrap_model(self.adapter.denoiser)
+        self.trained = self.accelerator.unwrap_model(self.trained)
         if self.ema:
             self.ema.copy_to(self.weights.trainable)
         if self.accelerator.is_main_process:

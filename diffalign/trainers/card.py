@@ -32,10 +32,7 @@ def write_card(trainer: Trainer[Any], metrics: dict[str, Any], alarms: dict[str,
     options = {k: v for k, v in asdict(config).items() if k not in OF_THIS_MACHINE and v not in ([], {})}
     changed = {k: v for k, v in options.items() if v != defaults[k]}
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    load = f'pipe = DiffusionPipeline.from_pretrained("{base or "base model"}")\npipe.load_lora_weights(".")'
-    if not lora:
-        load = 'pipe = DiffusionPipeline.from_pretrained(".")'
-    kind = "A LoRA" if lora else "All weights of the denoiser"
+    kind, load = trainer.weights.described(base or "base model")
     text = f"""---
 {yaml}
 ---
@@ -46,8 +43,6 @@ def write_card(trainer: Trainer[Any], metrics: dict[str, Any], alarms: dict[str,
 ({trainer.pairs_per_step} per step).
 
 ```python
-from diffusers import DiffusionPipeline
-
 {load}
 ```
 

@@ -105,6 +105,13 @@ class Weights:
                 raise UserError(f"{folder} has no {self.adapter.denoiser_name} to resume from") from error
             module.load_state_dict(stored.state_dict())
 
+    def described(self, base: str) -> tuple[str, str]:
+        """For the model card: what :meth:`export` writes, and the lines that load it on top of `base`."""
+        start = "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained"
+        if self.lora:
+            return "A LoRA", f'{start}("{base}")\npipe.load_lora_weights(".")'
+        return "All weights of the denoiser", f'{start}(".")'
+
     def export(self, folder: Path) -> None:
         """Write the result: a LoRA file, or a whole pipeline. Each file or folder appears when complete."""
         part = folder / ".result.part"
