@@ -4,7 +4,7 @@ from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,11 +12,62 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.likelihood import Transition, guided
+from diffalign.likelihood import LAWS, Transition, guided
 from diffalign.models.base import EmptyCaption, ModelAdapter
 from diffalign.solvers.ddim import DDIMScheduler
 
 SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How trajectories are sampled, whoever learns from them.
+
+    Args:
+        images_per_prompt: images of each prompt.
+        same_start: the images of a prompt start from the same noise.
+        sample_batch_size: images per network call while sampling.
+        sample_steps: network evaluations per image.
+        sample_guidance: classifier-free guidance, in sampling and in training alike; 1 for none.
+        sample_timesteps: where the network is asked, instead of sample_steps places that the pipeline's
+            scheduler would take.
+        sample_spacing: leading, trailing or linspace, instead of the spacing in the scheduler's config.
+        sample_end: the time where the last step ends, instead of the clean latent; at 0, where diffusers'
+            DDIM ends with Stable Diffusion, the last step still adds noise and can be learnt from.
+        transition: how a step draws its next state: ddim, euler_ancestral, renoise or flow_sde.
+        transition_options: eta of ddim, noise_level of flow_sde.
+        empty_caption: what guidance steers away from: the pipeline's own unconditional input (as_pipeline),
+            the encoded empty string (encode) or zeros.
+    """
+
+    images_per_prompt: int = 2
+    same_start: bool = False
+    sample_batch_size: int = 8
+    sample_steps: int = 20
+    sample_guidance: float = 5.0
+    sample_timesteps: list[float] = field(default_factory=list)
+    sample_spacing: str | None = None
+    sample_end: float | None = None
+    transition: str = "ddim"
+    transition_options: dict[str, float] = field(default_factory=dict)
+    empty_caption: EmptyCaption = "as_pipeline"
+
+    def check_sampler(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: names the option, its value and what is allowed.
+        """
+        for name in ("images_per_prompt", "sample_batch_size", "sample_steps"):
+            self._must(name, getattr(self, name) >= 1, "at least 1")
+        self._must("sample_guidance", self.sample_guidance >= 0, "0 or more")
+        self._must("transition", self.transition in LAWS, f"one of {', '.join(LAWS)}")
+        spacings = (None, *SPACINGS)
+        self._must("sample_spacing", self.sample_spacing in spacings, f"one of {', '.join(SPACINGS)}")
+
+    def _must(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"{name} must be {allowed}, but is {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +148,28 @@ def sampling_times(adapter: ModelAdapter, steps: int, spacing: str | None = None
     scheduler = DDIMScheduler.from_config(config, grid="diffusers", **changes)
     scheduler.set_timesteps(steps)
     return np.append(scheduler.timesteps.numpy().astype(np.float64), adapter.schedule.t_clean)
+
+
+def transition_for(adapter: ModelAdapter, config: SamplerConfig) -> Transition:
+    """The steps of the sampler that ``config`` describes, for this model.
+
+    Raises:
+        UserError: times that don't fall, a transition that does not fit the model.
+    """
+    times = (
+        np.array([*config.sample_timesteps, adapter.schedule.t_clean])
+        if config.sample_timesteps
+        else sampling_times(adapter, config.sample_steps, config.sample_spacing)
+    )
+    if config.sample_end is not None:
+        times = np.append(times[:-1], config.sample_end)
+    return Transition.along(
+        adapter.schedule,
+        adapter.prediction_type,
+        times,
+        law=config.transition,
+        **config.transition_options,
+    )
 
 
 class RowNoise:

@@ -27,9 +27,15 @@ from tqdm import tqdm
 
 from diffalign.data.prompts import read_prompts
 from diffalign.errors import UserError
-from diffalign.likelihood import LAWS, Gaussian, Transition
-from diffalign.models.base import EmptyCaption
-from diffalign.pipelines.rollout import SPACINGS, Guidance, decoded, guidance_for, rollout, sampling_times
+from diffalign.likelihood import Gaussian
+from diffalign.pipelines.rollout import (
+    Guidance,
+    SamplerConfig,
+    decoded,
+    guidance_for,
+    rollout,
+    transition_for,
+)
 from diffalign.rewards import Reward, RewardSpec, load_rewards
 from diffalign.trainers import draws
 from diffalign.trainers.base import Trainer
@@ -45,7 +51,7 @@ EMPTY_ROUNDS = 5  # in a row without an item, after which a run gives up
 
 
 @dataclass(kw_only=True)
-class OnlineConfig(TrainConfig):
+class OnlineConfig(SamplerConfig, TrainConfig):
     """Options of a method that learns from its own samples.
 
     Args:
@@ -55,56 +61,27 @@ class OnlineConfig(TrainConfig):
         aggregate: how several make one: sum, wco (the worst), uwo (mean minus variance), or pareto, where an
             image beats another if it is at least as good by all of them.
         prompts_per_round: prompts that a round draws, over all processes.
-        images_per_prompt: images of each.
-        same_start: the images of a prompt start from the same noise.
-        sample_batch_size: images per network call while sampling.
-        sample_steps: network evaluations per image.
-        sample_guidance: classifier-free guidance, in sampling and in training alike; 1 for none.
-        sample_timesteps: where the network is asked, instead of sample_steps places that the pipeline's
-            scheduler would take.
-        sample_spacing: leading, trailing or linspace, instead of the spacing in the scheduler's config.
-        sample_end: the time where the last step ends, instead of the clean latent; at 0, where diffusers'
-            DDIM ends with Stable Diffusion, the last step still adds noise and can be learnt from.
-        transition: how a step draws its next state: ddim, euler_ancestral, renoise or flow_sde.
-        transition_options: eta of ddim, noise_level of flow_sde.
         trained_steps: share of the steps of a trajectory that are trained on, from the noisy end; steps
             without noise never are.
         inner_epochs: how often the items of a round are gone through.
         step_weight: none, or inverse_kl, which gives a difference of the network's outputs the same say at
             every step.
-        empty_caption: what guidance steers away from: the pipeline's own unconditional input (as_pipeline),
-            the encoded empty string (encode) or zeros.
     """
 
     max_train_steps: int = 1000
     rewards: list[str | RewardSpec] = field(default_factory=list)
     aggregate: Literal["sum", "wco", "uwo", "pareto"] = "sum"
     prompts_per_round: int = 8
-    images_per_prompt: int = 2
-    same_start: bool = False
-    sample_batch_size: int = 8
-    sample_steps: int = 20
-    sample_guidance: float = 5.0
-    sample_timesteps: list[float] = field(default_factory=list)
-    sample_spacing: str | None = None
-    sample_end: float | None = None
-    transition: str = "ddim"
-    transition_options: dict[str, float] = field(default_factory=dict)
     trained_steps: float = 1.0
     inner_epochs: int = 1
     step_weight: Literal["none", "inverse_kl"] = "none"
-    empty_caption: EmptyCaption = "as_pipeline"
 
     def check(self) -> None:
         super().check()
-        for name in ("prompts_per_round", "images_per_prompt", "sample_batch_size", "inner_epochs"):
+        self.check_sampler()
+        for name in ("prompts_per_round", "inner_epochs"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
-        self._need("sample_steps", self.sample_steps >= 1, "at least 1")
-        self._need("sample_guidance", self.sample_guidance >= 0, "0 or more")
         self._need("trained_steps", 0 < self.trained_steps <= 1, "above 0 and at most 1")
-        self._need("transition", self.transition in LAWS, f"one of {', '.join(LAWS)}")
-        spacings = (None, *SPACINGS)
-        self._need("sample_spacing", self.sample_spacing in spacings, f"one of {', '.join(SPACINGS)}")
         if self.proportion_empty_prompts:
             raise UserError("proportion_empty_prompts is for training on images; this method samples its own")
 
@@ -166,6 +143,7 @@ class OnlineTrainer(Trainer[O]):
     """
 
     needs_density = True  # learns from steps with noise
+    needs_reference = True  # compares with the initial weights
     needs_means = False
 
     def __init__(
@@ -194,9 +172,10 @@ class OnlineTrainer(Trainer[O]):
             numbers: for random choices.
         """
 
-    @abstractmethod
     def item_losses(self, members: Members) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each item ``(B,)`` and metrics, each ``(B,)`` without gradient."""
+        """Loss of each item ``(B,)`` and metrics, each ``(B,)`` without gradient; unless a method has
+        :meth:`losses` of its own."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- data
 
@@ -209,22 +188,10 @@ class OnlineTrainer(Trainer[O]):
         """Prompts are encoded round by round."""
 
     def prepare(self) -> None:
-        self.weights.use_as_reference()
+        if self.needs_reference:
+            self.weights.use_as_reference()
         config, adapter = self.config, self.adapter
-        times = (
-            np.array([*config.sample_timesteps, adapter.schedule.t_clean])
-            if config.sample_timesteps
-            else sampling_times(adapter, config.sample_steps, config.sample_spacing)
-        )
-        if config.sample_end is not None:
-            times = np.append(times[:-1], config.sample_end)
-        self.transition = Transition.along(
-            adapter.schedule,
-            adapter.prediction_type,
-            times,
-            law=config.transition,
-            **config.transition_options,
-        )
+        self.transition = transition_for(adapter, config)
         kept = self.transition.stochastic
         self.steps = kept[kept < max(1, round(config.trained_steps * len(self.transition)))]
         if self.needs_density and not len(self.steps):
@@ -398,7 +365,8 @@ class OnlineTrainer(Trainer[O]):
 
     # ---------------------------------------------------------------- training
 
-    def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
+    def items_at(self, step: int, slots: range) -> list[Item]:
+        """The items at places ``slots`` of the global batch of ``step``."""
         current = self.round
         assert current is not None
         order = range(
@@ -408,7 +376,11 @@ class OnlineTrainer(Trainer[O]):
         rows = draws.rows_at(
             order, seed=draws.number(self.config.seed, "round", current.number), length=len(current.items)
         )
-        members = Members(self, current, [current.items[row] for row in rows])
+        return [current.items[row] for row in rows]
+
+    def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
+        assert self.round is not None
+        members = Members(self, self.round, self.items_at(step, slots))
         losses, metrics = self.item_losses(members)
         losses = losses * self._step_weight[members.item_steps]
         self._names = list(metrics)
