@@ -98,10 +98,16 @@ def denoising_error(
 
 @dataclass(frozen=True)
 class Errors:
-    """Denoising errors ``(rows,)`` of the policy and, unless there is none, of the reference."""
+    """Denoising errors ``(rows,)`` of the policy and, unless there is none, of the reference.
+
+    Where a loss looks at predictions: ``residual`` is ``f - y`` and ``shift`` is ``f - f_ref``, both
+    ``(rows, C, ...)`` float32, with the policy's gradient.
+    """
 
     policy: Tensor
     reference: Tensor | None
+    residual: Tensor | None = None
+    shift: Tensor | None = None
 
     def log_ratio(self) -> Tensor:
         """``ell_policy - ell_reference``, or ``ell_policy`` without a reference; ``(rows,)``."""
@@ -117,6 +123,7 @@ def evaluate(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     reduce: Reduce = "mean",
+    predictions: bool = False,
 ) -> Errors:
     """Errors of policy and reference on the very same ``x_t``, conditions and rows.
 
@@ -130,19 +137,31 @@ def evaluate(
         reference: True runs it, a tensor ``(rows,)`` is its errors known beforehand, before
             weighting, False is no reference.
         weight, mask, reduce: see :func:`denoising_error`.
+        predictions: give ``residual`` and, where the reference is run, ``shift`` as well.
     """
 
-    def errors(of_reference: bool) -> Tensor:
-        prediction = denoise(noised.x_t, noised.t, cond, reference=of_reference)
+    def predict(as_reference: bool) -> Tensor:
+        prediction = denoise(noised.x_t, noised.t, cond, reference=as_reference)
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+
+    def error(prediction: Tensor) -> Tensor:
         return denoising_error(prediction, noised.target, weight=weight, mask=mask, reduce=reduce)
 
-    known = None
+    known, before = None, None
     if isinstance(reference, Tensor):
         known = reference if weight is None else reference * weight.to(reference.dtype)
     if reference is True:
         with torch.no_grad():
-            known = errors(True)
-    return Errors(errors(False), known)
+            before = predict(True)
+            known = error(before)
+            before = before if predictions else None
+    after = predict(False)
+    return Errors(
+        error(after),
+        known,
+        residual=after - noised.target if predictions else None,
+        shift=None if before is None else after - before,
+    )
 
 
 # What turns the error of each prediction type into the error of epsilon, for one and the same denoiser at the
