@@ -116,6 +116,20 @@ COMMANDS: dict[str, Command] = {
         "diffalign train flow-grpo --pretrained_model_name_or_path models/sd3.5-medium "
         "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]'",
     ),
+    "train flow-dpo-online": Command(
+        "diffalign.trainers.flow_online:FlowDPOOnlineConfig",
+        "diffalign.trainers.flow_online:run_dpo",
+        "Flow-DPO on the best and the worst of the model's own samples",
+        "diffalign train flow-dpo-online --pretrained_model_name_or_path models/stable-diffusion-3.5-medium "
+        "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]'",
+    ),
+    "train flow-rwr-online": Command(
+        "diffalign.trainers.flow_online:FlowRWROnlineConfig",
+        "diffalign.trainers.flow_online:run_rwr",
+        "Flow-RWR on the model's own samples, better ones counting for more",
+        "diffalign train flow-rwr-online --pretrained_model_name_or_path models/stable-diffusion-3.5-medium "
+        "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]' --tau 0.5",
+    ),
     "train flow-rwr": Command(
         "diffalign.trainers.flow_rwr:FlowRWRConfig",
         "diffalign.trainers.flow_rwr:run",
@@ -151,6 +165,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign.trainers.sft:run",
         "fine-tuning on the chosen images of preference pairs, the baseline",
         "diffalign train sft --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
+    "rollout": Command(
+        "diffalign.rollout:RolloutConfig",
+        "diffalign.rollout:run",
+        "sample images and keep the trajectories behind them, for people to judge and D3PO to learn from",
+        "diffalign rollout --model playground/sd --dataset_name prompts.txt --output_dir outputs/rollout",
     ),
     "vote": Command(
         "diffalign.vote:VoteConfig",
@@ -217,6 +237,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign.bench.samplers_report:run",
         "compare samplers at equal network evaluations, on a mixture or any pipeline",
         "diffalign bench samplers --solvers dpm-solver++ UniPCMultistepScheduler --steps 5 10 20",
+    ),
+    "bench grids": Command(
+        "diffalign.bench.grids:GridsConfig",
+        "diffalign.bench.grids:run",
+        "measure the default grid against every grid of diffusers",
+        "diffalign bench grids --steps 5 10 20 --guidance 1 7.5 --mixtures 2",
     ),
     "bench step": Command(
         "diffalign.bench.step:StepConfig",

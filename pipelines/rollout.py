@@ -4,7 +4,8 @@ from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,6 +171,15 @@ def transition_for(adapter: ModelAdapter, config: SamplerConfig) -> Transition:
         law=config.transition,
         **config.transition_options,
     )
+
+
+def sampler_settings(config: SamplerConfig, resolution: int | None, transition: Transition) -> dict[str, Any]:
+    """What a policy that learns from trajectories must share with the one that sampled them, as JSON
+    values."""
+    names = ("images_per_prompt", "sample_guidance", "transition", "transition_options", "sample_end")
+    options = asdict(config)
+    shared = {name: options[name] for name in (*names, "empty_caption")}
+    return shared | {"resolution": resolution, "timesteps": transition.timesteps.tolist()}
 
 
 class RowNoise:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign.data.prompts import read_prompts
+from diffalign.data.trajectories import Trajectories
 from diffalign.errors import UserError
 from diffalign.likelihood import Transition
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.rollout import RowNoise, decoded, guidance_for, rollout, sampling_times
+from diffalign.rollout import RolloutConfig
+from diffalign.rollout import run as run_rollout
 from diffalign.solvers import DDIMScheduler
 from diffalign.trainers.d3po import D3POConfig, D3POTrainer
 from diffalign.trainers.ddpo import DDPOConfig, DDPOTrainer
@@ -376,3 +381,89 @@ def test_a_round_missing_from_a_checkpoint_is_said(online):
     (trainer.folder / "checkpoint-1" / ROUND).unlink()
     with pytest.raises(UserError, match="is not a whole checkpoint of d3po"):
         online(resume_from_checkpoint="latest", max_train_steps=2, images_per_prompt=4).train()
+
+
+# ------------------------------------------------------------------------------------------- people
+
+
+@pytest.fixture
+def sampled(tmp_path, model_folder):
+    """Trajectories of three prompts, three images each, judged by brightness."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:3]))
+    settings = {"images_per_prompt": 3, "sample_steps": 6, "sample_guidance": 3.0}
+    config = RolloutConfig(
+        model=str(model_folder), dataset_name=str(prompts), output_dir=str(tmp_path / "rollout"), **settings
+    )
+    folder = run_rollout(config)
+    votes = []
+    for prompt, images in Trajectories(folder).images.items():
+        light = [np.asarray(Image.open(folder / name)).mean() for name in images]
+        votes.append({"prompt": prompt, "images": images, "scores": light})
+    (folder / "votes.jsonl").write_text("".join(json.dumps(v) + "\n" for v in votes))
+    return config, folder
+
+
+def human(online, folder, **options):
+    settings = {
+        "trajectories": str(folder),
+        "votes": str(folder / "votes.jsonl"),
+        "reward": None,
+        "images_per_prompt": 3,
+        "prompts_per_round": 3,
+    }
+    return online(**(settings | options))
+
+
+def test_people_instead_of_a_reward(online, log, sampled):
+    _, folder = sampled
+    trainer = human(online, folder, max_train_steps=30, beta=20.0, inner_epochs=20, rank=0)
+    trainer.train()
+    first, *_, last = log(trainer.folder)
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert last["rewards/margins"] > 0.2
+    assert "reward" not in first
+    item = trainer.round.items[0]
+    assert len(item.pairs) == 3
+    states = Trajectories(folder).states(trainer.round.prompts[item.prompt])
+    assert torch.equal(trainer.round.states[list(item.x)], states[:, item.step])
+
+
+def test_a_rollout_that_was_cut_off_goes_on(sampled):
+    config, folder = sampled
+    states = {prompt: Trajectories(folder).states(prompt) for prompt in PROMPTS[:3]}
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    (folder / "trajectories" / "00002.safetensors").unlink()
+    run_rollout(config)
+    again = Trajectories(folder)
+    assert [len(images) for images in again.images.values()] == [3, 3, 3]
+    assert all(torch.equal(again.states(prompt), states[prompt]) for prompt in states)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sample_guidance": 5.0}, "sampled with sample_guidance 3.0, but this run has 5.0"),
+        ({"sample_steps": 7}, "sampled with timesteps"),
+        ({"votes": None}, "trajectories and votes belong together"),
+    ],
+)
+def test_a_policy_is_trained_as_it_was_sampled(online, sampled, options, words):
+    with pytest.raises(UserError, match=words):
+        human(online, sampled[1], **options).train()
+
+
+def test_other_settings_do_not_go_into_one_folder(sampled):
+    config, _ = sampled
+    with pytest.raises(UserError, match="sampled with another sample_guidance"):
+        run_rollout(replace(config, sample_guidance=4.0))
+
+
+def test_votes_on_other_images_are_refused(online, sampled):
+    _, folder = sampled
+    (folder / "votes.jsonl").write_text(
+        json.dumps({"prompt": "other", "images": ["images/00000-0.png"], "scores": [1.0]}) + "\n"
+    )
+    with pytest.raises(UserError, match=r"no vote in .* is about a prompt of"):
+        human(online, folder)
