@@ -81,6 +81,12 @@ COMMANDS: dict[str, Command] = {
         "diffalign train d3po --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
         "--rewards '[playground/scorer]'",
     ),
+    "train step-aware": Command(
+        "diffalign.trainers.step_aware:StepAwareConfig",
+        "diffalign.trainers.step_aware:run",
+        "a preference model that judges what is predicted at noisy times, for spo",
+        "diffalign train step-aware --config configs/train/step_aware_playground.yaml --dataset_name my_pairs/",
+    ),
     "train spo": Command(
         "diffalign.trainers.spo:SPOConfig",
         "diffalign.trainers.spo:run",

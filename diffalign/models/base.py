@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +62,7 @@ class ModelAdapter(ABC):
     denoiser_name: ClassVar[str]  # the attribute of the pipeline, which is also the folder of its weights
     lora_targets: ClassVar[tuple[str, ...]]
     encoder_names: ClassVar[tuple[str, ...]]  # needed for encoding only, may leave the device afterwards
+    video: ClassVar[bool] = False  # whether what it makes has a time axis: (rows, C, frames, H, W)
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline  # Any: which parts it has is known to the family, not to the type
@@ -219,7 +220,7 @@ class ModelAdapter(ABC):
 
     def identity(self) -> dict[str, str]:
         """What cached encodings depend on: a digest of the weights of each encoder."""
-        return {name: _digest(encoder) for name, encoder in self._encoders().items()}
+        return {name: digest(encoder.state_dict()) for name, encoder in self._encoders().items()}
 
     def _encoders(self) -> dict[str, nn.Module]:
         """Those that the pipeline has: some may be left out, like the T5 of SD3."""
@@ -227,13 +228,13 @@ class ModelAdapter(ABC):
         return {name: encoder for name, encoder in found.items() if encoder is not None}
 
 
-def _digest(module: nn.Module) -> str:
-    """16 hex digits of the weights: exact for small modules, of 4096 evenly spread elements of larger
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """16 hex digits of named weights: exact for small ones, of 4096 evenly spread elements of larger
     tensors."""
     import hashlib
 
     sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         flat = tensor.detach().flatten()
         flat = flat[:: max(1, flat.numel() // 4096)]
         sha.update(f"{name}{tuple(tensor.shape)}".encode() + flat.float().cpu().numpy().tobytes())

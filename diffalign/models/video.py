@@ -29,6 +29,7 @@ class WanAdapter(ModelAdapter):
     denoiser_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     encoder_names = ("vae", "text_encoder")
+    video = True
     default_resolution = 480
 
     def __init__(self, pipeline: Any) -> None:

@@ -10,7 +10,7 @@ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ REWARD_WEIGHTS: dict[str, Callable[[Array, float], Array]] = {
 
 
 def reward_weights(
-    rewards: Sequence[float], groups: Sequence[Any], kind: str = "softmax", *, tau: float = 1.0
+    rewards: Sequence[float] | Array, groups: Iterable[Any], kind: str = "softmax", *, tau: float = 1.0
 ) -> Array:
     """How much each image counts, ``(N,)`` float64.
 
