@@ -47,6 +47,7 @@ class CachedExamples:
         sides: images of a row: 2 for pairs, chosen then rejected; 1 for single images.
         preference: (N,) float32, probability that the chosen image is the better one; of a single image, that
             it is a good one.
+        keys: content of each row: its images as they are cropped, and its texts.
         weight: (N,) float32 with mean 1, how much each row counts.
         gap: (N,) float32, by how much the chosen image's score is higher; NaN where there are no scores.
         in_memory: whether `latents`, `std` and `cond` are tensors; otherwise use :meth:`batch`.
@@ -55,6 +56,7 @@ class CachedExamples:
 
     ids: list[str]
     prompts: list[str]
+    keys: list[str]
     sides: int
     preference: Tensor
     weight: Tensor
@@ -236,7 +238,7 @@ def cached_examples(
 
     def fill(part: PairDataset | ImageDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
         """Encode what is missing for a part of the data set."""
-        images, texts = _store(folder, "images", sized), _store(folder, "prompts", encoders)
+        images, texts = open_store(folder, "images", sized), open_store(folder, "prompts", encoders)
         visits: list[Visit] = []
 
         def missing_images() -> Iterator[tuple[str, Fitted]]:
@@ -273,6 +275,7 @@ def cached_examples(
     return CachedExamples(
         ids=[visit.id for visit in visits],
         prompts=[visit.prompt for visit in visits],
+        keys=[content_key(*visit.keys[0], visit.texts) for visit in visits],
         sides=dataset.sides,
         preference=torch.tensor([visit.preference for visit in visits], dtype=torch.float32),
         weight=torch.tensor(dataset.weights, dtype=torch.float32),
@@ -362,7 +365,12 @@ def _stored(name: str, values: Tensor, rows: int, dtype: torch.dtype, what: str)
     return values
 
 
-def _store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> ShardStore:
+def open_store(folder: str | Path | None, kind: str, settings: dict[str, Any]) -> ShardStore:
+    """The store ``<kind>-<hash of settings>`` in a cache folder; in memory without one.
+
+    Raises:
+        UserError: `settings` is not JSON.
+    """
     try:
         text = json.dumps(settings, sort_keys=True)
     except TypeError as error:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +41,7 @@ from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
 from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae
+from diffalign.trainers.sharding import gathered, split_as, whole
 from diffalign.trainers.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Trainer(ABC, Generic[C]):
     """
 
     method: ClassVar[str]  # as on the command line
+    shardable: ClassVar[bool] = False  # whether it runs with weights split over processes (FSDP2)
 
     def __init__(self, config: C, model: Any = None, dataset: Any = None) -> None:
         config.check()
@@ -93,6 +95,8 @@ class Trainer(ABC, Generic[C]):
         if isinstance(self._dataset, str) and not self._dataset:
             raise UserError("no data to train on: give --dataset_name, a folder, file or hf://owner/name")
         self.accelerator = accelerator_for(config)
+        if self.sharded:
+            self.check_sharded()
         self.folder = Path(config.output_dir).expanduser()
         self._resume: Path | None = None
         if config.resume_from_checkpoint:
@@ -100,6 +104,25 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.is_main_process:
             self._claim_folder()
         self.accelerator.wait_for_everyone()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are split over the processes."""
+        return self.accelerator.is_fsdp2
+
+    def check_sharded(self) -> None:
+        """Refuse what does not work with weights that are split over processes.
+
+        Raises:
+            UserError: names it.
+        """
+        config = self.config
+        if not self.shardable:
+            raise UserError(
+                f"{self.method} needs whole weights in every process: run it data-parallel, not FSDP"
+            )
+        if config.mixed_precision == "fp16" or config.use_8bit_adam:
+            raise UserError("under FSDP, mixed_precision must be bf16 or no, and use_8bit_adam false")
 
     # ---------------------------------------------------------------- what a method provides
 
@@ -109,8 +132,7 @@ class Trainer(ABC, Generic[C]):
 
     @abstractmethod
     def encode(self) -> None:
-        """Encode the data with ``self.adapter``. The main process does it first, the others then find it
-        done."""
+        """Encode the data with ``self.adapter``; all processes call it, and may share the work."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -162,13 +184,15 @@ class Trainer(ABC, Generic[C]):
         self.weights = self.make_weights()
         self.adapter.module.to(accelerator.device)
         self.adapter.encoders_to(accelerator.device)
-        with accelerator.main_process_first():
-            self.encode()
+        self.encode()
         self.pictures = self._pictures()
         self.adapter.encoders_to("cpu")
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         self.prepare()
+        if self._resume:  # while the network is whole
+            self._check_resume(self._resume)
+            self.weights.load(self._resume)
         self._prepare_optimisation()
         start = self._restore(self._resume) if self._resume else 0
         if accelerator.is_main_process:
@@ -232,7 +256,8 @@ class Trainer(ABC, Generic[C]):
         norm = accelerator.clip_grad_norm_(self.weights.trainable, config.max_grad_norm)
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
-        values = torch.cat([total, torch.as_tensor(norm, device=total.device).float()[None]]).tolist()
+        norm = whole(torch.as_tensor(norm, device=total.device)).float()
+        values = torch.cat([total, norm[None]]).tolist()
         loss = values[0] / self.pairs_per_step
         # A GradScaler meets infinite gradients on purpose and skips those steps by itself.
         if not math.isfinite(loss) or (config.mixed_precision != "fp16" and not math.isfinite(values[-1])):
@@ -280,10 +305,12 @@ class Trainer(ABC, Generic[C]):
 
     @torch.no_grad()
     def _validate(self, step: int) -> dict[str, Any]:
+        main = self.accelerator.is_main_process
         with self.accelerator.autocast(), self._averaged():
             metrics = self.validate()
-            if self.pictures and self.accelerator.is_main_process:
-                images = self.pictures.draw()
+            # Every process has a part of split weights, so all of them draw.
+            images = self.pictures.draw() if self.pictures and (self.sharded or main) else []
+            if images and main:
                 path = self.folder / "validation" / f"step-{step:06d}.png"
                 validation.save_pictures(images, path)
                 for tracker in self.accelerator.trackers:
@@ -374,6 +401,7 @@ class Trainer(ABC, Generic[C]):
             num_training_steps=config.max_train_steps,
         ).lr_lambdas[0]
         self.trained, self.optimizer = accelerator.prepare(self.trained, optimizer)
+        self.weights.refresh()
         self.ema = EMAModel(self.weights.trainable, decay=config.ema_decay) if config.use_ema else None
         if self.ema:
             self.ema.to(accelerator.device)
@@ -417,17 +445,24 @@ class Trainer(ABC, Generic[C]):
         """Read what :meth:`save_own` wrote, after :meth:`load_state`."""
 
     def _save_checkpoint(self, step: int) -> None:
-        """Processes hold the same state, so the main one writes it; the others wait."""
-        if self.accelerator.is_main_process:
+        """Processes hold the same state, or parts of one, so the main one writes it; the others wait."""
+        main, averages = self.accelerator.is_main_process, {}
+        if main or self.sharded:
+            weights = self.weights.gather(keep=main) if self.sharded else None
+            moments, optimizer = checkpoint.optimizer_state(self.optimizer, keep=main)
+            if self.ema:
+                averages = gathered(zip(self.weights.names, self.ema.shadow_params, strict=True), keep=main)
+        if main:
             rest: dict[str, Any] = {"step": step, "method": self.method, "options": asdict(self.config)}
             rest["own"] = self.state()
 
             def fill(folder: Path) -> None:
-                self.weights.save(folder)
+                self.weights.save(folder, weights)
                 self.save_own(folder)
-                rest["optimizer"] = checkpoint.save_optimizer(self.optimizer, folder)
+                rest["optimizer"] = optimizer
+                save_file(moments, folder / checkpoint.OPTIMIZER)
                 if self.ema:
-                    checkpoint.save_named(self.weights.names, self.ema.shadow_params, folder / EMA)
+                    save_file(averages, folder / EMA)
                     rest["ema_step"] = self.ema.optimization_step
                 if self.accelerator.scaler is not None:
                     rest["scaler"] = self.accelerator.scaler.state_dict()
@@ -436,19 +471,22 @@ class Trainer(ABC, Generic[C]):
             checkpoint.rotate(self.folder, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, folder: Path) -> int:
+    def _check_resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
         if state["method"] != self.method:
             raise UserError(f"{folder} is a checkpoint of {state['method']}, not of {self.method}")
         self._warn_of_changes(state["options"])
-        self.weights.load(folder)
+
+    def _restore(self, folder: Path) -> int:
+        """Take up all but the weights; returns the step."""
+        state = checkpoint.read_state(folder)
         checkpoint.load_optimizer(self.optimizer, folder, state["optimizer"])
         if self.ema:
             if not (folder / EMA).is_file():
                 raise UserError(f"{folder} has no moving average; resume without --use_ema")
             averages = load_file(folder / EMA)
             for shadow, name in zip(self.ema.shadow_params, self.weights.names, strict=True):
-                shadow.copy_(averages[name])
+                shadow.copy_(split_as(averages[name], shadow))
             self.ema.optimization_step = state["ema_step"]
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -465,7 +503,8 @@ class Trainer(ABC, Generic[C]):
             logger.warning("resuming with other options than before: %s", ", ".join(changed))
 
     def _fail(self, step: int, what: str) -> None:
-        self._save_checkpoint(step)
+        if self._resume is None or checkpoint.read_state(self._resume)["step"] != step:  # it is there already
+            self._save_checkpoint(step)
         raise RunFailed(
             f"the {what} is not finite in step {step + 1}; the state before it is in "
             f"{self.folder / f'{checkpoint.PREFIX}{step}'}: resume from there with a lower --learning_rate, "
@@ -478,8 +517,10 @@ class Trainer(ABC, Generic[C]):
         self.trained = self.accelerator.unwrap_model(self.trained)
         if self.ema:
             self.ema.copy_to(self.weights.trainable)
-        if self.accelerator.is_main_process:
-            self.weights.export(self.folder)
+        main = self.accelerator.is_main_process
+        weights = self.weights.gather(keep=main) if self.sharded else None
+        if main:
+            self.weights.export(self.folder, weights)
             curves.draw_log(self.folder)
             write_card(self, metrics, alarms)
             if self.config.push_to_hub:

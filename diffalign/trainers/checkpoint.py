@@ -12,16 +12,17 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.errors import RunFailed, UserError, describe
+from diffalign.trainers.sharding import gathered, split_as
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,10 @@ def resolve(choice: str, folder: Path) -> Path | None:
 def write(folder: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> Path:
     """Let ``fill`` write the weights into a new checkpoint, add ``state`` as JSON, and make it visible.
 
-    A checkpoint of this step that is there already is the one that the run came from, and stays.
-
     Raises:
         RunFailed: it could not be written, above all for want of space; the earlier ones are untouched.
     """
     target = folder / f"{PREFIX}{step}"
-    if (target / STATE).is_file():
-        return target
     part = _hidden(target)
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -83,6 +80,8 @@ def write(folder: Path, step: int, fill: Callable[[Path], None], state: dict[str
         for path in part.rglob("*"):
             if path.is_file():
                 _flush(path)
+        if target.exists():  # of a run that took another way from an earlier state
+            _delete(target)
         part.rename(target)
     except (OSError, SafetensorError) as error:
         last = checkpoints(folder)
@@ -106,7 +105,7 @@ def _flush(path: Path) -> None:
 
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint so that no part of it looks like one in between."""
-    part = _hidden(checkpoint)
+    part = _hidden(checkpoint.with_name(f"{checkpoint.name}.old"))
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(checkpoint.rename(part))
 
@@ -143,37 +142,37 @@ def rewind(folder: Path, step: int) -> None:
             logger.warning("%s is from a later step than %d: now %s", path, step, path.rename(aside).name)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
-    """Write the tensors of the optimiser's state; returns the rest of it, as JSON values."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the optimiser's state, whole and on the host where `keep` is true, and the rest of it,
+    as JSON values; with weights split over processes all call it together."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for number, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = value
             else:
                 scalars.setdefault(str(number), {})[name] = value
-    save_file(tensors, folder / OPTIMIZER)
-    return {"param_groups": state["param_groups"], "scalars": scalars}
+    return gathered(tensors.items(), keep=keep), {"param_groups": state["param_groups"], "scalars": scalars}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]) -> None:
-    """Inverse of :func:`save_optimizer`, exact to the bit.
+    """Inverse of :func:`optimizer_state`, whose tensors lie in ``folder``, exact to the bit.
 
     Raises:
         UserError: the checkpoint belongs to a run with other trainable weights.
     """
     state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in rest["scalars"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, tensor in load_file(folder / OPTIMIZER).items():
         number, name = key.split(".", 1)
+        if int(number) < len(parameters) and tensor.shape == parameters[int(number)].shape:
+            tensor = split_as(tensor, parameters[int(number)])
         state.setdefault(int(number), {})[name] = tensor
     try:
         optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     except ValueError as error:
         raise UserError(f"{folder} belongs to a run with other trainable weights: {error}") from error
-
-
-def save_named(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> None:
-    """Write tensors under their names."""
-    save_file({n: t.detach().cpu().contiguous() for n, t in zip(names, tensors, strict=True)}, path)

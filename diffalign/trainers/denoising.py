@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data import ImageDataset, PairDataset
-from diffalign.data.cache import CachedExamples, cached_examples
+from diffalign.data.cache import CachedExamples, cached_examples, open_store
 from diffalign.data.transforms import size_of
 from diffalign.errors import UserError
 from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
@@ -28,6 +28,7 @@ from diffalign.models.base import EmptyCaption
 from diffalign.trainers import draws, validation
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.config import TrainConfig
+from diffalign.trainers.table import reference_table
 
 D = TypeVar("D", bound="DenoisingConfig")
 Examples = PairDataset | ImageDataset
@@ -55,9 +56,9 @@ class DenoisingConfig(TrainConfig):
         clip: frames, height and width of what a video model is shown, such as [81, 480, 832], from animated
             WebP, PNG or GIF files; empty for images.
         max_bad: share of damaged rows (unreadable images, empty captions) that a data set may have.
-        reference_draws: 0 runs the reference in every step. N > 0 gives each pair N fixed draws of noise and
-            time and computes the reference's errors on them once; a step then costs what fine-tuning costs,
-            but sees no other noise.
+        reference_draws: 0 runs the reference in every step. N > 0 gives each example N fixed draws of noise
+            and time and computes the reference's errors on them once, into the cache, where later runs find
+            them; a step then costs what fine-tuning costs, but sees no other noise.
         validation_dataset: held-out pairs for the validations; accuracy and margin on them, always at the
             same times and noise, tell more than those of the steps.
         validation_share: instead, the share of the data's prompts that is held out, 0.05 for example.
@@ -144,11 +145,13 @@ class DenoisingTrainer(Trainer[D]):
 
     Attributes:
         needs_reference: whether the loss compares with a reference; if not, none is run or kept.
+        needs_predictions: whether the loss looks at predictions, not at their errors alone.
         noises, times: draws for an example: 1 is shared by the images of a pair, 2 are independent.
         beta: what a log-ratio is multiplied with for the logged rewards.
     """
 
     needs_reference = True
+    needs_predictions = False
     noises: ClassVar[int] = 1
     times: ClassVar[int] = 1
     beta: float
@@ -202,11 +205,16 @@ class DenoisingTrainer(Trainer[D]):
             adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
         )
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where encodings and errors of the reference are kept."""
+        return Path(self.config.cache_dir).expanduser() if self.config.cache_dir else self.folder / "cache"
+
     def _encoded(self, examples: Examples) -> CachedExamples:
         config, adapter = self.config, self.adapter
         return cached_examples(
             examples,
-            Path(config.cache_dir).expanduser() if config.cache_dir else self.folder / "cache",
+            self.cache_folder,
             encode_images=adapter.encode_images,
             encode_prompts=adapter.encode_prompts,
             key={"family": type(adapter).__name__, **adapter.identity()},
@@ -215,6 +223,8 @@ class DenoisingTrainer(Trainer[D]):
             center_crop=config.center_crop,
             random_flip=config.random_flip,
             dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
+            process=(self.accelerator.process_index, self.accelerator.num_processes),
+            barrier=self.accelerator.wait_for_everyone,
             progress=config.progress and self.accelerator.is_main_process,
         )
 
@@ -222,10 +232,8 @@ class DenoisingTrainer(Trainer[D]):
         """The examples at places ``slots`` of the global batch of ``step``, with noise and times."""
         positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
         rows = self.rows_at(positions)
-        found = self.read(step, slots, rows)
-        shape = found["latents"].shape[2:]
-        drawn = [self._draw(step, slot, row, shape) for slot, row in zip(slots, rows, strict=True)]
-        return self._assemble(found, drawn, rows)
+        drawn = [self._draw(step, slot, row) for slot, row in zip(slots, rows, strict=True)]
+        return self._assemble(self.read(step, slots, rows), drawn, rows)
 
     def rows_at(self, positions: range) -> list[int]:
         """Which rows of the data stand at ``positions`` of the endless sequence that a run reads."""
@@ -233,20 +241,25 @@ class DenoisingTrainer(Trainer[D]):
 
     def read(self, step: int, slots: range, rows: list[int]) -> dict[str, Any]:
         """A :meth:`CachedExamples.batch` of the ``rows`` at places ``slots`` of ``step``."""
-        if not self.data.draws:
-            return self.data.batch(rows)
+        drawn = [self._draw(step, slot, row) for slot, row in zip(slots, rows, strict=True)]
+        return self._views(self.data, rows, drawn)
+
+    def _views(self, data: CachedExamples, rows: list[int], drawn: list[_Draw]) -> dict[str, Any]:
+        """Rows of the data, mirrored and under one of their prompts as drawn; as they are in a validation."""
+        if not data.draws or any(draw.t is not None for draw in drawn):
+            return data.batch(rows)
         seed = self.config.seed  # one generator per row, so that its flip does not depend on its neighbours
         return _stacked(
-            self.data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", step, slot)))
-            for row, slot in zip(rows, slots, strict=True)
+            data.batch([row], torch.Generator().manual_seed(draws.number(seed, "view", *draw.purpose)))
+            for row, draw in zip(rows, drawn, strict=True)
         )
 
     def _assemble(self, found: dict[str, Any], drawn: list[_Draw], rows: list[int]) -> Batch:
         """A :meth:`CachedExamples.batch` of B examples and a draw for each, as a batch on the device."""
         sides = found["latents"].shape[1]
-        noise = torch.from_numpy(np.stack([d.noise for d in drawn])).expand(found["latents"].shape)
-        t = torch.tensor([d.t for d in drawn]).expand(-1, sides)
-        empty = torch.tensor([d.empty for d in drawn])
+        noises, times, without = zip(*(self._made(d, found["latents"].shape[2:]) for d in drawn), strict=True)
+        noise = torch.from_numpy(np.stack(noises)).expand(found["latents"].shape)
+        t, empty = torch.tensor(times).expand(-1, sides), torch.tensor(without)
         device = self.accelerator.device
 
         def each(tensor: Tensor) -> Tensor:
@@ -284,41 +297,36 @@ class DenoisingTrainer(Trainer[D]):
             sides=tuple(range(sides)),
         )
 
-    def _draw(self, step: int, slot: int, row: int, shape: torch.Size) -> _Draw:
-        if self.config.reference_draws:
-            number = int(
-                draws.generator(self.config.seed, "draw", step, slot).integers(self.config.reference_draws)
-            )
-            return self._fixed(row, number, shape)
-        return self._from(draws.generator(self.config.seed, "noise", step, slot), shape, -1)
+    def _draw(self, step: int, slot: int, row: int) -> _Draw:
+        count = self.config.reference_draws
+        if not count:
+            return _Draw(("noise", step, slot))
+        return self._fixed(row, int(draws.generator(self.config.seed, "draw", step, slot).integers(count)))
 
-    def _fixed(self, row: int, number: int, shape: torch.Size) -> _Draw:
-        return self._from(draws.generator(self.config.seed, "fixed", row, number), shape, number)
+    def _fixed(self, row: int, number: int) -> _Draw:
+        return _Draw(("fixed", self.data.keys[row], number), number)
 
-    def _from(self, numbers: np.random.Generator, shape: torch.Size, number: int) -> _Draw:
+    def _made(self, draw: _Draw, shape: torch.Size) -> tuple[np.ndarray, tuple[float, ...], bool]:
+        """Noise ``(1 or sides, C, h, w)``, times, and whether the caption is dropped."""
+        numbers = draws.generator(self.config.seed, *draw.purpose)
+        if draw.t is not None:
+            return numbers.standard_normal((1, *shape), dtype=np.float32), (draw.t,), False
         empty = numbers.random() < self.config.proportion_empty_prompts
         t = tuple(self._time(numbers) for _ in range(self.times))
-        noise = numbers.standard_normal((self.noises, *shape), dtype=np.float32)
-        return _Draw(noise, t, empty, number)
+        return numbers.standard_normal((self.noises, *shape), dtype=np.float32), t, empty
 
     def _time(self, numbers: np.random.Generator) -> float:
         config, schedule = self.config, self.adapter.schedule
         if config.timesteps:
             t = float(numbers.choice(config.timesteps))
             return t if schedule.is_flow else int(t)
-        if config.timestep_sampling == "uniform" and not schedule.is_flow:
-            return int(numbers.integers(schedule.num_train_timesteps))
-        if config.timestep_sampling == "uniform":
-            return self._time_of(1.0 - numbers.random())
-        return self._time_of(1.0 / (1.0 + math.exp(-numbers.normal(config.logit_mean, config.logit_std))))
-
-    def _time_of(self, fraction: float) -> float:
-        """The time at ``fraction`` of the schedule: a training step if it is discrete; of a flow model any
-        time but 0, shifted."""
-        schedule = self.adapter.schedule
-        if schedule.is_flow:
-            return float(schedule.shifted(fraction))
-        return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
+        return draws.time(
+            numbers,
+            schedule,
+            config.timestep_sampling,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        )
 
     # ---------------------------------------------------------------- likelihood
 
@@ -327,32 +335,52 @@ class DenoisingTrainer(Trainer[D]):
         self._validation_reference: Tensor | None = None
         if not self.needs_reference:
             return
-        self.weights.use_as_reference()
+        # The policy has not moved yet: what it says is what the reference says.
         if self.validation_data is not None:
-            self._validation_reference = self._validation_errors(reference=True)
-        if self.config.reference_draws:
-            count = self.config.reference_draws
-            self._table = self._fixed_errors(self.data, self._fixed, count, reference=True, label="reference")
-            self.adapter.reference = None
+            self._validation_reference = self._validation_errors()
+        if not self.config.reference_draws:
+            self.weights.use_as_reference()
+            return
+        count = self.config.reference_draws
+        folder = self.cache_folder if self.accelerator.is_main_process else None
+        self._table = reference_table(
+            open_store(folder, "reference", self._decides_the_table()),
+            self.data.keys,
+            (count, self.data.sides),
+            lambda rows: self._fixed_errors(self.data, rows, count, self._fixed, label="reference"),
+            self.accelerator,
+        )
+
+    def _decides_the_table(self) -> dict[str, Any]:
+        """All that the errors of the reference depend on beside the content of a row, as JSON values."""
+        config = self.config
+        names = ["seed", "reference_draws", "timestep_sampling", "logit_mean", "logit_std", "timesteps"]
+        names += ["proportion_empty_prompts", "empty_caption", "time_ids", "mixed_precision", "random_flip"]
+        return {
+            "family": type(self.adapter).__name__,
+            "weights": self.weights.reference_identity(),
+            "encoders": self.adapter.identity(),
+            "size": list(self.size),
+            "draws": [self.noises, self.times],
+            **{name: getattr(config, name) for name in names},
+        }
 
     def validate(self) -> dict[str, Any]:
         if self.validation_data is None:
             return {}
-        errors = self._validation_errors(reference=False)
+        errors = self._validation_errors()
         return self.validation_metrics(Errors(errors, self._validation_reference))
 
     @abstractmethod
     def validation_metrics(self, errors: Errors) -> dict[str, Any]:
         """Metrics of the held-out examples from their errors ``(examples, times, sides)``."""
 
-    def _validation_errors(self, *, reference: bool) -> Tensor:
+    def _validation_errors(self) -> Tensor:
         """Weighted errors ``(examples, times, sides)`` of the held-out examples."""
         assert self.validation_data is not None
-        config, adapter = self.config, self.adapter
+        config, adapter, data = self.config, self.adapter, self.validation_data
         count = len(validation.TIMES)
-        errors = self._fixed_errors(
-            self.validation_data, self._validation_draw, count, reference=reference, label="validation"
-        )
+        errors = self._fixed_errors(data, range(len(data)), count, self._validation_draw, label="validation")
         weight = error_weight(
             config.weighting,
             adapter.schedule,
@@ -362,44 +390,44 @@ class DenoisingTrainer(Trainer[D]):
         )
         return errors if weight is None else errors * weight.to(errors)[:, None]
 
-    def _validation_draw(self, row: int, number: int, shape: torch.Size) -> _Draw:
-        numbers = draws.generator(self.config.seed, "validation", row, number)
-        noise = numbers.standard_normal((1, *shape), dtype=np.float32)
-        return _Draw(noise, (self._validation_time(number),), False, number)
+    def _validation_draw(self, row: int, number: int) -> _Draw:
+        return _Draw(("validation", row, number), number, self._validation_time(number))
 
     def _validation_time(self, number: int) -> float:
-        return self._time_of(validation.TIMES[number])
+        return draws.time_at(self.adapter.schedule, validation.TIMES[number])
 
     def _fixed_errors(
         self,
         data: CachedExamples,
-        draw: Callable[[int, int, torch.Size], _Draw],
+        rows: Sequence[int],
         count: int,
+        draw: Callable[[int, int], _Draw],
         *,
-        reference: bool,
         label: str,
     ) -> Tensor:
-        """Unweighted errors of every example at its ``count`` draws, ``(N, count, sides)`` float32; processes
-        share the work."""
+        """Unweighted errors, under the weights as they are, of some rows at their ``count`` draws,
+        ``(rows, count, sides)`` float32; processes share the work."""
         config, accelerator = self.config, self.accelerator
-        table = torch.zeros(len(data) * count, data.sides, device=accelerator.device)
+        table = torch.zeros(len(rows) * count, data.sides, device=accelerator.device)
         own = range(accelerator.process_index, len(table), accelerator.num_processes)
+        most = range(0, math.ceil(len(table) / accelerator.num_processes), config.train_batch_size)
         hidden = not (config.progress and accelerator.is_main_process)
-        for first in tqdm(range(0, len(own), config.train_batch_size), label, disable=hidden, leave=False):
-            cells = list(own[first : first + config.train_batch_size])
-            rows = [cell // count for cell in cells]
-            found = data.batch(rows)
-            shape = found["latents"].shape[2:]
-            batch = self._assemble(found, [draw(cell // count, cell % count, shape) for cell in cells], rows)
+        for first in tqdm(most, label, disable=hidden, leave=False):
+            # A process without work does some again: split weights need all of them in every call.
+            cells = list(own[first : first + config.train_batch_size]) or [0]
+            shown = [rows[cell // count] for cell in cells]
+            drawn = [draw(row, cell % count) for row, cell in zip(shown, cells, strict=True)]
+            batch = self._assemble(self._views(data, shown, drawn), drawn, shown)
             noised = add_noise(
                 self.adapter.schedule, self.adapter.prediction_type, batch.latents, batch.noise, batch.t
             )
             with torch.no_grad(), accelerator.autocast():
-                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond, reference=reference)
-            table[cells] = denoising_error(prediction, noised.target).reshape(data.sides, -1).T.float()
+                prediction = self.adapter.denoise(noised.x_t, noised.t, batch.cond)
+            if first < len(own):
+                table[cells] = denoising_error(prediction, noised.target).reshape(data.sides, -1).T.float()
         if accelerator.num_processes > 1:
             table = accelerator.reduce(table, "sum")
-        return table.reshape(len(data), count, data.sides)
+        return table.reshape(len(rows), count, data.sides)
 
     def _reference_errors(self, batch: Batch) -> bool | Tensor:
         """What :func:`diffalign.likelihood.evaluate` is told of the reference."""
@@ -419,15 +447,16 @@ class DenoisingTrainer(Trainer[D]):
             batch.cond,
             reference=self._reference_errors(batch),
             weight=None if weight is None else weight.to(noised.x_t.device),
+            predictions=self.needs_predictions,
         )
 
 
-@dataclass(frozen=True)
-class _Draw:
-    noise: np.ndarray  # (1, C, h, w), or one for each image
-    t: tuple[float, ...]  # one, or one for each image
-    empty: bool
-    number: int  # of the fixed draw, -1 for a fresh one
+class _Draw(NamedTuple):
+    """Where the randomness of an example comes from: its place in the run, or one of its fixed draws."""
+
+    purpose: tuple[int | str, ...]
+    number: int = -1  # of the fixed draw
+    t: float | None = None  # the time, where it is not drawn
 
 
 def _stacked(batches: Iterable[dict[str, Any]]) -> dict[str, Any]:

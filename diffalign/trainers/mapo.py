@@ -48,6 +48,7 @@ class MaPOTrainer(PairTrainer[MaPOConfig]):
     """``MaPOTrainer(config, model=pipeline_or_path, dataset=pairs_or_path).train()``."""
 
     method = "mapo"
+    shardable = True
     needs_reference = False
 
     @property

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data import PairDataset, Selection, open_pairs
+from diffalign.data import ImageDataset, PairDataset, Selection, open_pairs
+from diffalign.errors import UserError
 from diffalign.likelihood import Errors
 from diffalign.trainers import validation
 from diffalign.trainers.denoising import Batch, DenoisingConfig, DenoisingTrainer
@@ -44,7 +45,7 @@ class PairConfig(DenoisingConfig):
 class PairTrainer(DenoisingTrainer[P]):
     """Pairs in, log-ratios out; with ``low_memory``, one image at a time."""
 
-    def open_examples(self, source: Any, limit: int | None) -> PairDataset:
+    def open_examples(self, source: Any, limit: int | None) -> PairDataset | ImageDataset:
         config = self.config
         if isinstance(source, PairDataset):
             return source[:limit] if limit else source
@@ -57,6 +58,11 @@ class PairTrainer(DenoisingTrainer[P]):
             max_bad=config.max_bad,
             selection=Selection.of(config.selection),
         )
+
+    def check_sharded(self) -> None:
+        super().check_sharded()
+        if self.config.low_memory:
+            raise UserError("low_memory does not work under FSDP: use gradient_checkpointing")
 
     @property
     def pairs(self) -> PairDataset:
@@ -111,6 +117,9 @@ class PairTrainer(DenoisingTrainer[P]):
                     None
                     if errors_l.reference is None or errors_w.reference is None
                     else torch.cat([errors_w.reference, errors_l.reference]),
+                    residual=None
+                    if errors_w.residual is None or errors_l.residual is None
+                    else torch.cat([errors_w.residual, errors_l.residual]).detach(),
                 )
                 losses, logit = self.pair_loss(both, batch)
                 losses = losses * batch.weight

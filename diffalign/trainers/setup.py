@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from torch import nn
 
 from diffalign.errors import UserError
 from diffalign.trainers.config import TrainConfig
+
+PATIENCE = timedelta(hours=6)
 
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
@@ -34,14 +37,16 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=trackers or None,
             project_dir=str(Path(config.output_dir).expanduser() / "logs"),
+            # One process may encode, or write a checkpoint, for long while the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         raise UserError(f"accelerate refuses these options: {error}") from error
     kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in kinds:
+    if accelerator.distributed_type not in kinds and not accelerator.is_fsdp2:
         raise UserError(
-            "training runs on one device or data-parallel on several, "
-            f"not under {accelerator.distributed_type}"
+            "training runs on one device, data-parallel on several, or with weights split by FSDP2 "
+            f"(fsdp_version: 2), not under {accelerator.distributed_type.value}: see configs/accelerate"
         )
     return accelerator
 

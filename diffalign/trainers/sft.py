@@ -32,6 +32,7 @@ class SFTTrainer(PairTrainer[SFTConfig]):
     """``SFTTrainer(config, model=pipeline_or_path, dataset=pairs_or_path).train()``."""
 
     method = "sft"
+    shardable = True
     needs_reference = False
     beta = 1.0
 

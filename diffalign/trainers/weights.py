@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.models import ModelAdapter
-from diffalign.models.reference import adapters_off, frozen_copy, named_adapter
+from diffalign.models.base import digest
+from diffalign.models.reference import adapters_off, frozen, frozen_copy, named_adapter
 from diffalign.trainers.config import TrainConfig
+from diffalign.trainers.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Weights:
         self.adapter, self.lora = adapter, config.rank > 0
         self._continues = config.init_lora is not None
         module = adapter.module
+        self._kind = type(module)
         if getattr(module, "peft_config", None):
             raise UserError(
                 f"the pipeline already carries the adapters {', '.join(module.peft_config)}: call "
@@ -60,7 +63,11 @@ class Weights:
             module.requires_grad_(True)
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look up the trainable parameters again, after something has put others in their place."""
+        named = [(name, p) for name, p in self.adapter.module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.trainable = [p for _, p in named]
 
@@ -73,16 +80,58 @@ class Weights:
         else:
             self.adapter.reference = adapters_off
 
-    def save(self, folder: Path) -> None:
-        """Write the weights in diffusers' format: a LoRA file, or the folder of the denoiser."""
+    def reference_from(self, folder: Path) -> None:
+        """Make what :meth:`save` wrote into ``folder`` the reference policy, beside the weights in training."""
+        if not self.lora:
+            self.adapter.reference = frozen(self._stored(folder).to(self.adapter.device))
+            return
+        module = self.adapter.module
+        if REFERENCE not in module.peft_config:
+            settings = {k: v for k, v in module.peft_config[POLICY].to_dict().items() if k in _SHAPE}
+            self._attach(REFERENCE, settings, seed=0)
+            module.set_adapter(POLICY)
+        for name, parameter in module.named_parameters():
+            if f".{REFERENCE}." in name:  # computes as the policy does, in float32
+                parameter.requires_grad_(False).data = parameter.data.float()
+        self._set_lora(self.adapter.load_lora(folder)[0], REFERENCE, folder)
+        self.adapter.reference = named_adapter(REFERENCE)
+
+    def reference_identity(self) -> dict[str, str]:
+        """What the answers of the initial weights depend on: digests of the network as it came and of the
+        LoRA to go on from."""
+        state = {k.replace(".base_layer", ""): v for k, v in self.adapter.module.state_dict().items()}
+        base = digest({name: v for name, v in state.items() if ".lora_" not in name})
+        own = {name: v for name, v in state.items() if f".{POLICY}." in name and self._continues}
+        return {"network": base, "lora": digest(own) if own else ""}
+
+    def gather(self, *, keep: bool) -> dict[str, Tensor]:
+        """What :meth:`save` wants where weights are split over processes: whole ones on the host, where
+        `keep` is true. All processes call it together."""
+        state = self.adapter.module.state_dict().items()
+        return gathered(((k, v) for k, v in state if not self.lora or f".{POLICY}." in k), keep=keep)
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the weights in diffusers' format: a LoRA file, or the folder of the denoiser.
+
+        Args:
+            state: from :meth:`gather`, where the module itself has only parts.
+        """
         module = self.adapter.module
         if self.lora:
             settings = module.peft_config[POLICY].to_dict()
             settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-            state = get_peft_model_state_dict(module, adapter_name=POLICY)
-            self.adapter.save_lora(folder, state, settings)
+            lora = get_peft_model_state_dict(module, state_dict=state, adapter_name=POLICY)
+            self.adapter.save_lora(folder, lora, settings)
         else:
-            module.save_pretrained(folder / self.adapter.denoiser_name)
+            network = module if state is None else self._whole(state)
+            network.save_pretrained(folder / self.adapter.denoiser_name)
+
+    def _whole(self, state: dict[str, Tensor]) -> Any:
+        """A network of the denoiser's class that holds `state`."""
+        with torch.device("meta"):
+            network = self._kind.from_config(self.adapter.module.config)
+        network.load_state_dict(state, assign=True)
+        return network
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote, exact to the bit.
@@ -99,11 +148,15 @@ class Weights:
                     f"{folder} has rank {settings['r']}, this run has rank {module.peft_config[POLICY].r}"
                 )
         else:
-            try:
-                stored = type(module).from_pretrained(folder / self.adapter.denoiser_name)
-            except OSError as error:
-                raise UserError(f"{folder} has no {self.adapter.denoiser_name} to resume from") from error
-            module.load_state_dict(stored.state_dict())
+            module.load_state_dict(self._stored(folder).state_dict())
+
+    def _stored(self, folder: Path) -> Any:
+        """The network that :meth:`save` wrote."""
+        name = self.adapter.denoiser_name
+        try:
+            return self._kind.from_pretrained(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder} has no {name} to resume from") from error
 
     def described(self, base: str) -> tuple[str, str]:
         """For the model card: what :meth:`export` writes, and the lines that load it on top of `base`."""
@@ -112,14 +165,20 @@ class Weights:
             return "A LoRA", f'{start}("{base}")\npipe.load_lora_weights(".")'
         return "All weights of the denoiser", f'{start}(".")'
 
-    def export(self, folder: Path) -> None:
-        """Write the result: a LoRA file, or a whole pipeline. Each file or folder appears when complete."""
+    def export(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the result: a LoRA file, or a whole pipeline. Each file or folder appears when complete.
+
+        Args:
+            state: as of :meth:`save`.
+        """
         part = folder / ".result.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         if self.lora:
-            self.save(part)
+            self.save(part, state)
         else:
+            if state is not None:
+                setattr(self.adapter.pipeline, self.adapter.denoiser_name, self._whole(state))
             self.adapter.pipeline.save_pretrained(part)
         for path in part.iterdir():
             target = folder / path.name

@@ -173,12 +173,6 @@ def test_going_back_sets_later_checkpoints_aside(trainer, caplog):
     assert (run.folder / "checkpoint-3.old" / checkpoint.STATE).is_file()
 
 
-def test_a_checkpoint_that_the_run_came_from_is_not_written_again(tmp_path):
-    checkpoint.write(tmp_path, 7, lambda folder: None, {"step": 7})
-    checkpoint.write(tmp_path, 7, lambda folder: pytest.fail("written again"), {"step": 8})
-    assert checkpoint.read_state(tmp_path / "checkpoint-7") == {"step": 7}
-
-
 def test_rotation_keeps_the_newest(tmp_path):
     for step in (9, 10, 100):
         checkpoint.write(tmp_path, step, lambda folder: None, {})

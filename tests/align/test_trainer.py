@@ -16,6 +16,7 @@ from diffalign.data import PairDataset, open_pairs, write_pairs
 from diffalign.errors import RunFailed, UserError
 from diffalign.likelihood import Errors, add_noise, evaluate
 from diffalign.losses import LOSSES
+from diffalign.models import ModelAdapter
 from diffalign.models.reference import frozen_copy
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -166,9 +167,11 @@ def test_runs_are_a_function_of_the_seed(trainer):
     assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(one).items())
 
 
-def test_the_reference_computed_beforehand_equals_the_live_one(trainer):
-    run = trainer(reference_draws=3, max_train_steps=2)
+@pytest.mark.parametrize("options", [{}, {"random_flip": True, "proportion_empty_prompts": 0.5}], ids=str)
+def test_the_reference_computed_beforehand_equals_the_live_one(trainer, options):
+    run = trainer(reference_draws=3, max_train_steps=2, **options)
     run.train()
+    assert run.adapter.reference is None
     run.weights.use_as_reference()
     seen = set()
     for step in (0, 1):
@@ -179,6 +182,67 @@ def test_the_reference_computed_beforehand_equals_the_live_one(trainer):
             live = evaluate(run.adapter.denoise, noised, batch.cond).reference
         torch.testing.assert_close(run._reference_errors(batch), live, rtol=1e-5, atol=1e-6)
     assert seen == {0, 1, 2}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many rows the network was asked for without gradient, per run."""
+    counts = []
+    prepare, denoise = DiffusionDPOTrainer.prepare, ModelAdapter.denoise
+
+    def counted(self):
+        counts.append(0)
+        prepare(self)
+
+    def counting(self, x_t, *rest, **more):
+        counts[-1] += 0 if torch.is_grad_enabled() else len(x_t)
+        return denoise(self, x_t, *rest, **more)
+
+    monkeypatch.setattr(DiffusionDPOTrainer, "prepare", counted)
+    monkeypatch.setattr(ModelAdapter, "denoise", counting)
+    return counts
+
+
+def test_the_reference_is_asked_once_for_all_runs(trainer, asked, pairs, tmp_path):
+    options = {"reference_draws": 2, "cache_dir": str(tmp_path / "cache")}
+    first = trainer("first", dataset=pairs[:8], **options)
+    first.train()
+    trainer("more", dataset=pairs.select(range(15, -1, -1)), **options).train()
+    again = trainer("again", **options, rank=0)
+    again.train()
+    trainer("other", **options, seed=1).train()
+    # A LoRA's base network is the reference of full training as well; the order of the data does not matter.
+    assert asked == [2 * 2 * 8, 2 * 2 * 8, 0, 2 * 2 * 16]
+    assert torch.equal(first._table, again._table[:8])
+
+
+def test_a_table_that_was_cut_short_goes_on_where_it_stopped(trainer, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffalign.trainers.table.ROWS", 4)
+    whole = trainer("whole", reference_draws=2, cache_dir=str(tmp_path / "whole"))
+    whole.train()
+    cut = trainer("cut", reference_draws=2, cache_dir=str(tmp_path / "cut"))
+    compute = cut._fixed_errors
+
+    def failing(data, rows, *rest, **more):
+        if 8 in rows:
+            raise KeyboardInterrupt
+        return compute(data, rows, *rest, **more)
+
+    cut._fixed_errors = failing
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    rest = trainer("rest", reference_draws=2, cache_dir=str(tmp_path / "cut"))
+    rest.train()
+    assert asked == [64, 32, 32]
+    assert torch.equal(rest._table, whole._table)
+    assert all(torch.equal(v, weights(rest.folder)[k]) for k, v in weights(whole.folder).items())
+
+
+def test_a_reference_that_is_not_finite_is_named(trainer, tmp_path):
+    run = trainer(reference_draws=1, cache_dir=str(tmp_path / "cache"))
+    run._fixed_errors = lambda data, rows, *rest, **more: torch.full((len(rows), 1, 2), math.nan)
+    with pytest.raises(RunFailed, match="reference's error is not finite"):
+        run.train()
 
 
 def test_flips_are_drawn_per_pair_whatever_the_micro_batch(trainer):
