@@ -85,7 +85,8 @@ COMMANDS: dict[str, Command] = {
         "diffalign.trainers.step_aware:StepAwareConfig",
         "diffalign.trainers.step_aware:run",
         "a preference model that judges what is predicted at noisy times, for spo",
-        "diffalign train step-aware --config configs/train/step_aware_playground.yaml --dataset_name my_pairs/",
+        "diffalign train step-aware --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/ "
+        "--reward_model playground/scorer",
     ),
     "train spo": Command(
         "diffalign.trainers.spo:SPOConfig",

@@ -126,5 +126,10 @@ def load_rewards(
 
 
 def _spec(text: str) -> RewardSpec:
+    if text.startswith(("{", "[")):  # a mapping of other keys or types arrives as it was written
+        raise UserError(
+            f"rewards: {text} is not of the form {{name: ..., path: ..., weight: ..., at_least: ..., "
+            "options: {...}} (all but name may be left out)"
+        )
     name, _, path = text.partition("=")
     return RewardSpec(name, path or None)

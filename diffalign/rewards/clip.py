@@ -161,10 +161,10 @@ def load_clip(folder: Path, *, reward: str) -> Clip:
 def _load_transformers(folder: Path) -> TransformersClip:
     from transformers import CLIPModel
 
-    model: Any
-    model, info = CLIPModel.from_pretrained(
+    loaded: Any = CLIPModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model, info = loaded
     if info["missing_keys"]:  # they would be random
         raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     length, words = (getattr(model.config.text_config, n) for n in ("max_position_embeddings", "vocab_size"))
@@ -275,8 +275,12 @@ class ClipReward(Reward):
         """Keep no activations of the image tower: a third more time, a fraction of the memory."""
         recompute(self.clip.image_blocks())
 
+    def forget_texts(self) -> None:
+        """Encode texts anew from now on; to be called when the weights have changed."""
+        self._known.clear()
+
     def _apply(self, *args: Any, **options: Any) -> Any:
-        self._known.clear()  # `.to` was called: what is kept is elsewhere, or of another precision
+        self.forget_texts()  # `.to` was called: what is kept is elsewhere, or of another precision
         return super()._apply(*args, **options)
 
 

@@ -168,6 +168,8 @@ class StepAware(ClipReward):
                 f"reward {self.name} takes one time per image, but got {tuple(timesteps.shape)} for "
                 f"{len(images)} images"
             )
+        if not len(images):
+            return super().score(images, prompts)
         seen = self.images(self.square(images), 0 if timesteps is None else timesteps)
         return self._checked(self.clip.scale * (seen * self.texts(prompts)).sum(-1), prompts)
 
