@@ -11,6 +11,7 @@ from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTra
 from diffalign.trainers.flow_dpo import FlowDPOConfig, FlowDPOTrainer
 from diffalign.trainers.mapo import MaPOConfig, MaPOTrainer
 from diffalign.trainers.sft import SFTConfig, SFTTrainer
+from diffalign.trainers.step_aware import StepAwareConfig, StepAwareTrainer
 
 __all__ = [
     "DCPOConfig",
@@ -23,4 +24,6 @@ __all__ = [
     "MaPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "StepAwareConfig",
+    "StepAwareTrainer",
 ]
