@@ -1,7 +1,9 @@
 """The interface itself and the short rewards: brightness (here only), aesthetic, JPEG, the playground's."""
 
 import io
+import re
 from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diffalign import rewards
 from diffalign.errors import UserError
 from diffalign.playground.captions import change_one_word
 from diffalign.playground.verifier import verify
@@ -245,3 +248,23 @@ def test_the_verifier_is_the_oracle():
     assert scores[20:].mean() == 0
     with pytest.raises(UserError, match="judges images of 64 x 64 pixels"):
         load_reward("playground/verifier").score(torch.rand(1, 3, 32, 32), ["a red star"])
+
+
+# ------------------------------------------------------------------------------------------ the manual
+
+
+def test_the_manuals_own_reward_and_ensemble_work():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    space = {"load_rewards": rewards.load_rewards, "Entry": rewards.Entry, "REWARDS": {}}
+    exec(next(block for block in code if "class Contrast" in block), space)
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(space["Contrast"]().score(images, ["", ""]), images.mean(1).flatten(1).std(1))
+    exec(next(block for block in code if 'REWARDS["contrast"]' in block), space)
+    assert space["REWARDS"]["contrast"].loader == "contrast:Contrast"
+    exec(next(block for block in code if "rejected_score" in block), space)
+    clean = scene(3, 0)
+    picture = torch.from_numpy(render(clean)).permute(2, 0, 1)[None].float() / 255
+    scores = space["both"].score(picture.repeat(2, 1, 1, 1), [clean.caption, "a red star"])
+    assert scores[0] > -10
+    assert scores[1] == -10
