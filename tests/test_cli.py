@@ -115,7 +115,7 @@ def test_shipped_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     from diffalign import configs
 
     monkeypatch.chdir(tmp_path)
-    shipped = next((ROOT / "configs").glob("*/*.yaml"))
+    shipped = next((ROOT / "configs" / "train").glob("*.yaml"))
     name = f"configs/{shipped.parent.name}/{shipped.name}"
     assert Path(configs.resolve(["--config", name])[1]).samefile(shipped)
     assert Path(configs.resolve([f"--config={name}"])[0].removeprefix("--config=")).samefile(shipped)
@@ -270,7 +270,10 @@ def test_every_command_has_help_and_a_true_example(capsys, name):
     assert callable(cli._load(command.run))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda f: f.name)
+OPTIONS = [f for f in sorted((ROOT / "configs").glob("*/*.yaml")) if f.parent.name != "accelerate"]
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda f: f.name)
 def test_shipped_configs_start_with_the_command_that_runs_them(file):
     first = file.read_text().splitlines()[0].removeprefix("# ").split()
     assert first[0] == "diffalign"

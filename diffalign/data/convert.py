@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from diffalign.output import write_json
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = timedelta(hours=6)  # of a process that waits for others
 DECODED = 32  # pairs in memory at a time; at 1024 px they take 200 MB
 Annotate = Callable[[list[Pair]], list[Pair]]
 
@@ -64,6 +66,7 @@ class CopyConfig:
         Raises:
             UserError: as :func:`open_pairs`, or `output_dir` is in use.
         """
+        team()  # before any model is loaded: each process has a device of its own
         check_target(self.output_dir, self.overwrite)
         return open_pairs(
             self.dataset,
@@ -90,19 +93,24 @@ def convert(
     settings: Mapping[str, Any] | None = None,
     shard_rows: int = SHARD_ROWS,
     overwrite: bool = False,
+    process: tuple[int, int] = (0, 1),
+    barrier: Callable[[], None] | None = None,
     progress: bool = True,
     what: str = "convert",
 ) -> int:
     """Write the good rows of `dataset` to `folder`; returns their number.
 
     The folder appears when it is whole. Until then shards gather beside it, in ``.<name>.partial``; the same
-    call goes on after the last of them.
+    call goes on with those that are missing.
 
     Args:
         annotate: adds to some pairs, or swaps images (see :meth:`Pair.swapped`); called with at most
             `DECODED` pairs of one shard.
         settings: what decides the result of `annotate`, as JSON values: an interrupted call with others
             starts again.
+        process: (rank, number) of the processes that write the set together, each some of its shards. The
+            number of rows is that of all of them in the first, and of its own in the others.
+        barrier: waits for the other processes; needed with more than one.
 
     Raises:
         UserError: the folder is in use, or no pair is usable.
@@ -111,14 +119,23 @@ def convert(
         raise UserError(f"format must be one of {', '.join(get_args(Format))}, not {format!r}")
     if shard_rows < 1:
         raise UserError(f"shard_rows must be at least 1, not {shard_rows}")
+    rank, processes = process
+    if processes > 1 and barrier is None:
+        raise ValueError("processes that write one set need a barrier")
+    wait = barrier if barrier is not None else (lambda: None)
     folder = check_target(folder, overwrite)
     write, finish = FORMATS[format]
     counts = Counter(dataset.prompts)
+    if rank:
+        wait()  # for the first to make or clear the place
     new = _partial(folder, dataset, {"format": format, "shard_rows": shard_rows, "annotate": settings})
+    if not rank:
+        wait()
     shards = -(-len(dataset) // shard_rows)
-    bar = tqdm(total=len(dataset), desc=what, unit="pair", disable=None if progress else True)
+    hidden = None if progress and not rank else True
+    bar = tqdm(total=len(dataset) // processes, desc=what, unit="pair", disable=hidden)
     written = 0
-    for shard in range(shards):
+    for shard in range(rank, shards, processes):
         done = new / f".done-{shard:05d}"
         indices = range(shard * shard_rows, min((shard + 1) * shard_rows, len(dataset)))
         if not done.is_file():
@@ -126,11 +143,24 @@ def convert(
         written += json.loads(done.read_text())
         bar.update(len(indices))
     bar.close()
+    wait()
+    if rank:
+        return written
+    written = sum(json.loads((new / f".done-{shard:05d}").read_text()) for shard in range(shards))
     if not written:
         raise UserError(f"no usable pair in {dataset.source}: {reasons(dataset.skipped)}")
     finish(new, shards)
     put_in_place(new, folder)
     return written
+
+
+def team() -> Any:
+    """The processes that run this command together: under ``torchrun`` or ``accelerate launch`` they share
+    its work, and "cuda" is a device of each's own. An ``accelerate.PartialState``."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def _entries(dataset: PairDataset, indices: range, annotate: Annotate | None) -> Iterator[Entry]:
@@ -181,6 +211,7 @@ def copy(
     what: str = "convert",
 ) -> Path:
     """:func:`convert` with the options of a command, and a line about what was written."""
+    processes = team()
     written = convert(
         dataset,
         config.output_dir,
@@ -189,8 +220,15 @@ def copy(
         settings=settings,
         shard_rows=config.shard_rows,
         overwrite=config.overwrite,
+        process=(processes.process_index, processes.num_processes),
+        barrier=processes.wait_for_everyone,
         what=what,
     )
+    if processes.num_processes > 1:
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
+        if not processes.is_main_process:
+            return Path(config.output_dir)
     left_out = f" (left out: {reasons(dataset.skipped)})" if dataset.skipped else ""
     print(f"wrote {written:,} pairs to {config.output_dir}{left_out}")
     return Path(config.output_dir)

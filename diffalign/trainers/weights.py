@@ -81,7 +81,7 @@ class Weights:
             self.adapter.reference = adapters_off
 
     def reference_from(self, folder: Path) -> None:
-        """Make what :meth:`save` wrote into ``folder`` the reference policy, beside the weights in training."""
+        """Make what :meth:`save` wrote into ``folder`` the reference, beside the weights in training."""
         if not self.lora:
             self.adapter.reference = frozen(self._stored(folder).to(self.adapter.device))
             return

@@ -15,7 +15,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from diffalign import cli, configs
+from diffalign.data.convert import ConvertConfig, convert, run
 from diffalign.errors import UserError
+from diffalign.output import write_json
 from diffalign.trainers import checkpoint, setup
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -179,6 +182,37 @@ def test_what_split_weights_cannot_do_is_refused(trainer, monkeypatch, tmp_path)
     processes(1, work, tmp_path)
 
 
+def test_processes_share_the_writing_of_a_set(pairs_folder, pairs, tmp_path, monkeypatch):
+    config = {"dataset": str(pairs_folder), "shard_rows": 3}
+    run(ConvertConfig(output_dir=str(tmp_path / "one"), **config))
+
+    def work(rank):
+        done = []
+        monkeypatch.setattr(
+            "diffalign.data.convert.write_json",
+            lambda path, value: done.append(path.name) or write_json(path, value),
+        )
+        run(ConvertConfig(output_dir=str(tmp_path / "two"), **config))
+        (tmp_path / f"wrote{rank}").write_text(" ".join(sorted(done)))
+
+    processes(2, work, tmp_path)
+    one, two = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in files(tmp_path / name)}
+        for name in ("one", "two")
+    )
+    assert one == two
+    assert len(one) > len(pairs)
+    shares = [(tmp_path / f"wrote{rank}").read_text().split() for rank in (0, 1)]
+    assert [name for name in shares[0] if "done" in name] == [".done-00000", ".done-00002", ".done-00004"]
+    assert shares[1] == [".done-00001", ".done-00003", ".done-00005"]
+    with pytest.raises(ValueError, match="need a barrier"):
+        convert(pairs, tmp_path / "three", process=(1, 2))
+
+
+def files(folder):
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 
 
@@ -186,6 +220,9 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.
 def test_accelerate_takes_the_shipped_configs(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch --config_file configs/accelerate/{path.name} ")
+    words = first.split(" -m diffalign ")[1].split()
+    command = cli.COMMANDS[" ".join(words[:2])]
+    cli.parse(cli._load(command.config), configs.resolve(words[2:]), prog="train", example="")
     config = load_config_from_file(str(path))
     assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert config.num_processes > 1
