@@ -106,9 +106,18 @@ class TransformersClip(Clip):
 
 
 class OpenClip(Clip):
-    """A model of open_clip, with the configuration that it was made from."""
+    """A model of open_clip.
 
-    config: dict[str, Any]
+    Args:
+        config: what ``open_clip_config.json`` says of it: ``model_cfg`` and ``preprocess_cfg``.
+    """
+
+    def __init__(self, model: Any, tokenizer: Callable[[list[str]], Tensor], config: dict[str, Any]) -> None:
+        visual = model.visual
+        size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
+        super().__init__(model, tokenizer, size, mean or CLIP_MEAN, std or CLIP_STD)
+        self.config = config
 
     def image_features(self, normalised: Tensor) -> Tensor:
         return self.model.encode_image(normalised)
@@ -179,18 +188,8 @@ def _load_open_clip(folder: Path) -> OpenClip:
     import open_clip
 
     name = f"local-dir:{folder.resolve()}"
-    model: Any = open_clip.create_model(name)
-    clip = OpenClip(model, open_clip.get_tokenizer(name), *open_clip_pixels(model))
-    clip.config = _read(folder / OPEN_CLIP_CONFIG)
-    return clip
-
-
-def open_clip_pixels(model: Any) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Size, mean and deviation of the images of an open_clip model."""
-    size = model.visual.image_size
-    side = size if isinstance(size, int) else size[0]
-    mean, std = (getattr(model.visual, name, None) for name in ("image_mean", "image_std"))
-    return side, mean or CLIP_MEAN, std or CLIP_STD
+    model = open_clip.create_model(name)
+    return OpenClip(model, open_clip.get_tokenizer(name), _read(folder / OPEN_CLIP_CONFIG))
 
 
 class _Tokenizer:

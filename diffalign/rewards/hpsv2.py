@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffalign.errors import UserError, suggestion
-from diffalign.rewards.clip import ClipReward, OpenClip, open_clip_pixels
+from diffalign.rewards.clip import ClipReward, OpenClip
 from diffalign.rewards.files import fill, local, needed, one_file, read_weights
 from diffalign.rewards.preprocess import Preprocess
 
@@ -44,5 +44,6 @@ def load(
     state = read_weights(file, reward="hpsv2")
     model = open_clip.create_model(architecture, pretrained=None)
     fill(model, state, reward="hpsv2", path=file)
-    clip = OpenClip(model, open_clip.get_tokenizer(architecture), *open_clip_pixels(model))
+    config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": {}}
+    clip = OpenClip(model, open_clip.get_tokenizer(architecture), config)
     return ClipReward("hpsv2", clip, scale=1.0, fit="pad", preprocess=preprocess)
