@@ -34,17 +34,26 @@ class Method:
         config, trainer: ``module:class``.
         options: of the trainer, where the common ones (steps, batch, rank, rate) do not do.
         reference: whether it is held to a reference, and so should beat fine-tuning.
+        flow: whether it is for flow models, such as playground/flow, only.
     """
 
     config: str
     trainer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = True
+    flow: bool = False
 
 
-def _row(module: str, name: str, *, reference: bool = True, options: Mapping[str, Any] = {}) -> Method:
+def _row(
+    module: str,
+    name: str,
+    *,
+    reference: bool = True,
+    flow: bool = False,
+    options: Mapping[str, Any] = {},
+) -> Method:
     path = f"diffalign.trainers.{module}:{name}"
-    return Method(f"{path}Config", f"{path}Trainer", options, reference)
+    return Method(f"{path}Config", f"{path}Trainer", options, reference, flow)
 
 
 #: Own samples are drawn as the model is judged; DDO's, whose reference is the model itself, without guidance.
@@ -54,6 +63,7 @@ _GUIDED = _ROUNDS | {"sampling_guidance_scale": 4.0}
 METHODS: dict[str, Method] = {
     "sft": _row("sft", "SFT", reference=False),
     "diffusion-dpo": _row("diffusion_dpo", "DiffusionDPO"),
+    "flow-dpo": _row("flow_dpo", "FlowDPO", flow=True),
     "mapo": _row("mapo", "MaPO", reference=False),
     "diffusion-kto": _row("kto", "DiffusionKTO"),
     "seppo": _row("seppo", "SePPO", options=_GUIDED),
@@ -73,7 +83,8 @@ class AlignConfig:
     Attributes:
         output_dir: folder for the contest
         model: pipeline folder whose captions are the playground's; playground/sd is the shipped one
-        methods: rows of the table: sft, diffusion-dpo, mapo, diffusion-kto, seppo, spin-diffusion, ddo, ...
+        methods: rows of the table: sft, diffusion-dpo, mapo, diffusion-kto, seppo, spin-diffusion, ddo, ...;
+            flow-dpo is for flow models alone
         options: options of single methods, such as {diffusion-kto: {beta_kto: 1000}}
         seeds: each with pairs, training, captions and noises of its own
         pair_prompts: captions that pairs are sampled for
@@ -92,7 +103,7 @@ class AlignConfig:
 
     output_dir: str = "outputs/bench/align"
     model: str = "playground/sd"
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: [n for n, m in METHODS.items() if not m.flow])
     options: dict[str, dict[str, Option]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     pair_prompts: int = 300

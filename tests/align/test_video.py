@@ -14,7 +14,7 @@ from diffalign.data import PairDataset, images
 from diffalign.data.transforms import View, fit
 from diffalign.errors import UserError
 from diffalign.models import load_adapter
-from diffalign.trainers import FlowDPOConfig, FlowDPOTrainer
+from diffalign.trainers import FlowDPOConfig, FlowDPOTrainer, FlowRWRConfig, FlowRWRTrainer
 from tests.align.families import build, wan
 
 # -------------------------------------------------------------------- the family
@@ -213,3 +213,15 @@ def test_a_size_is_refused_before_anything_is_encoded(run_of, tmp_path):
     with pytest.raises(UserError, match="leave resolution and validation_prompts out"):
         run_of(resolution=8, folder="two")
     assert not list(tmp_path.glob("*/cache"))
+
+
+def test_flow_rwr_on_scored_clips(run_of, tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k}.webp").write_bytes(clip(k)[0])
+    row = {"prompt": "a clip", "images": [f"{k}.webp" for k in range(3)], "scores": [0.0, 1.0, 3.0]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(row) + "\n")
+    run = run_of(dataset=tmp_path / "lists.jsonl", kind=(FlowRWRConfig, FlowRWRTrainer), train_batch_size=3)
+    run.train()
+    assert run.batch(0, range(3)).latents.shape == (3, 4, 3, 4, 6)
+    weights = dict(zip(run.data.ids, run.data.weight.tolist(), strict=True))
+    assert weights["line-1:2"] == max(weights.values()) > 2
