@@ -153,23 +153,25 @@ def load_teacher(name: str) -> Any:
 TEXTS = {
     "sd": (
         "Playground Stable Diffusion",
-        """(CLIPTextModel, AutoencoderKL 64 -> 16 x 16 x 4, UNet2DConditionModel, epsilon prediction) for
-scenes of 64 x 64 pixels. Load it with `diffalign.playground.load()`, or as any diffusers folder.""",
+        """(CLIPTextModel, AutoencoderKL 64 -> 16 x 16 x 4,
+UNet2DConditionModel, epsilon prediction) for scenes of 64 x 64 pixels. Load it with
+`diffalign.playground.load()`, or as any diffusers folder.""",
         "20 steps of diffusers' DPMSolverMultistep, guidance 4",
     ),
     "flow": (
         "Playground flow model",
-        """that predicts the velocity `z - x0` of a rectified flow, for scenes of 64 x 64 pixels: the UNet of
-`playground/sd` taught anew, with the same text encoder and autoencoder. Load it with
-`diffalign.playground.load("flow")`, or as any diffusers folder. The stored scheduler is diffusers'
-DPMSolverMultistep, told that the model is a flow: `FlowMatchEulerDiscreteScheduler` lacks the
-`init_noise_sigma` that a `StableDiffusionPipeline` asks for.""",
+        """that predicts the velocity `z - x0` of a
+rectified flow, for scenes of 64 x 64 pixels: the UNet of `playground/sd` taught anew, with the same text
+encoder and autoencoder. Load it with `diffalign.playground.load("flow")`, or as any diffusers folder. The
+stored scheduler is diffusers' DPMSolverMultistep, told that the model is a flow:
+`FlowMatchEulerDiscreteScheduler` lacks the `init_noise_sigma` that a `StableDiffusionPipeline` asks for.""",
         "20 steps of diffusers' DPMSolverMultistep, guidance 4",
     ),
     "few-step": (
         "Playground few-step model",
-        """distilled from `playground/sd` to four steps without guidance (v prediction), for scenes of 64 x 64
-pixels. Load it with `diffalign.playground.load("few-step")`, or as any diffusers folder, and draw with
+        """distilled from `playground/sd` to four
+steps without guidance (v prediction), for scenes of 64 x 64 pixels. Load it with
+`diffalign.playground.load("few-step")`, or as any diffusers folder, and draw with
 `num_inference_steps=4, guidance_scale=1`: the stored LCMScheduler asks the network at times 999, 749, 499
 and 249 (999 and 499 for two steps, 999 for one), the only ones that it was taught.""",
         "four steps of diffusers' LCMScheduler, no guidance",
@@ -180,7 +182,8 @@ and 249 (999 and 499 for two steps, 999 for one), the only ones that it was taug
 def readme(what: str, command: str, facts: dict[str, float], prompts: int) -> str:
     """What a model folder says of itself."""
     parts = {k: facts[k] for k in ("vae_seconds", "denoiser_seconds", "training_seconds") if k in facts}
-    minutes = " and ".join(f"{v / 60:.0f} ({k.removesuffix('_seconds')})" for k, v in parts.items())
+    names = {k: f" ({k.removesuffix('_seconds')})" if len(parts) > 1 else "" for k in parts}
+    minutes = " and ".join(f"{v / 60:.0f}{names[k]}" for k, v in parts.items())
     start = "Trained from nothing" if what in ("sd", "scorer") else "Trained from the weights of its teacher"
     how = f"""{start} by
 
@@ -221,8 +224,7 @@ as `local-dir:<this folder>`.
     )
     return f"""# {title}
 
-A `StableDiffusionPipeline` of {facts["parameters"] / 1e6:.1f} million parameters
-{text}
+A `StableDiffusionPipeline` of {facts["parameters"] / 1e6:.1f} million parameters {text}
 
 {how}
 Verifier on {prompts} held-out captions ({judged}):

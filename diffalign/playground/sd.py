@@ -339,7 +339,7 @@ def ship(pipe: Any, output: Path, prompts: int, **how: Any) -> dict[str, float]:
 def with_network(pipe: Any, unet: Any, scheduler: Any) -> Any:
     """A pipeline of ``unet`` and ``scheduler`` that shares all other parts of ``pipe``."""
     parts = pipe.components | {"unet": unet, "scheduler": scheduler}
-    new = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    new: Any = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     new.set_progress_bar_config(disable=True)
     return new
 
