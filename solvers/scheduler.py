@@ -243,6 +243,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             device: of ``timesteps``.
             timesteps: custom times, decreasing, fractional ones included, used as they are.
             sigmas: custom noise levels in diffusers' unit (sigma/alpha; sigma for flow); a last 0 is the end.
+                For a flow model with `timesteps` as well, which are then only what the network is told
+                (CogView4, whose times are those before the shift).
             mu: resolution-dependent shift of a flow model's grid, and of `sigmas` where both are given. As in
                 diffusers, whose Flux pipeline passes it in any case, it counts with ``use_dynamic_shifting``.
 
@@ -250,27 +252,30 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             UserError: unless exactly one of the three says how many steps there are, and for bad values.
         """
         given = [n for n, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None]
-        if len(given) == 2:
-            raise UserError("pass timesteps or sigmas to set_timesteps, not both")
+        if len(given) == 2 and not self.schedule.is_flow:
+            raise UserError("pass timesteps or sigmas to set_timesteps, not both; flow models take both")
         if not given and num_inference_steps is None:
             raise UserError("set_timesteps needs num_inference_steps, timesteps or sigmas")
         if mu is not None and not self.schedule.is_flow:
             raise UserError("mu shifts the grid of a flow model, but this is not a flow schedule")
         shift = self._shift_of_mu(mu) if mu is not None and self.config.use_dynamic_shifting else None
-        if timesteps is not None:
-            times = grids.custom_times(self.schedule, _host(timesteps), final=self._final())
-        elif sigmas is not None:
+        if sigmas is not None:
             times = grids.custom_sigmas(self.schedule, _host(sigmas), final=self._final(), shift=shift)
+        elif timesteps is not None:
+            times = grids.custom_times(self.schedule, _host(timesteps), final=self._final())
         else:
             times = self._grid_times(_positive_int(num_inference_steps), shift)
         self._times = self._evaluations(grids.checked(times))
-        evaluations = self._times[:-1]
-        self.num_inference_steps = len(evaluations)
-        self._host_times = [float(t) for t in evaluations]
-        whole = bool(np.all(evaluations == np.round(evaluations)))
-        self.timesteps = torch.tensor(
-            evaluations, dtype=torch.int64 if whole else torch.float32, device=device
-        )
+        told = self._times[:-1] if len(given) < 2 else grids.checked(_host(timesteps).reshape(-1))
+        if len(told) != len(self._times) - 1:
+            raise UserError(
+                f"timesteps and sigmas belong together, but there are {len(told)} timesteps and "
+                f"{len(self._times) - 1} evaluations"
+            )
+        self.num_inference_steps = len(told)
+        self._host_times = [float(t) for t in told]
+        whole = bool(np.all(told == np.round(told)))
+        self.timesteps = torch.tensor(told, dtype=torch.int64 if whole else torch.float32, device=device)
         self.sigmas = self._diffusers_sigmas(self._times)
         self._begin_index = None
         self._step_index = None
@@ -467,13 +472,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         dtype = working_dtype(like)
         times = torch.as_tensor(timesteps)
         index = self._locate_view(times)
-        host = np.array([self._host_times[index]]) if index is not None else _host(times).reshape(-1)
+        if index is not None:
+            assert self._times is not None
+            host = self._times[index : index + 1]
+        else:
+            host = self._schedule_times(_host(times).reshape(-1))
         shape = (-1, *[1] * (like.ndim - 1))
         alpha, sigma = self.schedule.alpha_sigma(host)
         return (
             torch.as_tensor(alpha, dtype=dtype, device=like.device).reshape(shape),
             torch.as_tensor(sigma, dtype=dtype, device=like.device).reshape(shape),
         )
+
+    def _schedule_times(self, told: Array) -> Array:
+        """The schedule's times for times that the network is told, where the two differ."""
+        if self._times is None or np.array_equal(self._host_times, self._times[:-1]):
+            return told
+        return np.interp(told, self._host_times[::-1], self._times[-2::-1])
 
     def _locate_view(self, times: Tensor) -> int | None:
         if self._times is None or times.numel() != 1 or times.dtype != self.timesteps.dtype:

@@ -142,6 +142,8 @@ class TimeShiftScheduler(PlanScheduler):
         mu: float | None = None,
     ) -> None:
         """As :meth:`PlanScheduler.set_timesteps`. ``timesteps`` then changes as the run goes on."""
+        if self._shifting and timesteps is not None and sigmas is not None:
+            raise UserError("time shift chooses what the network is told; pass timesteps or sigmas, not both")
         self.base.set_timesteps(num_inference_steps, device, timesteps=timesteps, sigmas=sigmas, mu=mu)
         super().set_timesteps(num_inference_steps, device, timesteps=timesteps, sigmas=sigmas, mu=mu)
 

@@ -212,6 +212,36 @@ def test_sigmas_and_timesteps_name_the_same_points(cls):
     np.testing.assert_allclose(a.timesteps, b.timesteps, rtol=1e-3, atol=2e-3)
 
 
+def test_flow_models_may_be_told_other_times(cls):
+    """CogView4 passes sigmas, which are shifted, and the times before the shift for the network."""
+    told = np.linspace(1000, 1, 6).astype(int)
+    shift = {"use_dynamic_shifting": True, "time_shift_type": "linear"}
+    both = {"timesteps": told.tolist(), "sigmas": (told / 1000).tolist(), "mu": 0.6}
+    scheduler = cls(prediction_type="flow_prediction", **shift)
+    scheduler.set_timesteps(**both)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**shift)
+    theirs.set_timesteps(**both)
+    assert scheduler.timesteps.tolist() == theirs.timesteps.tolist()
+    torch.testing.assert_close(scheduler.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
+    clean, noise = torch.randn(2, 2, 1, 4, 4)
+    for times in (scheduler.timesteps[2:3], scheduler.timesteps[[2, 2]]):
+        torch.testing.assert_close(
+            scheduler.scale_noise(clean, times, noise),
+            torch.lerp(clean, noise, float(theirs.sigmas[2])),
+        )
+
+    def outputs(scheduler, x):
+        for e, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(torch.tanh(x) * (1 - told[e] / 2000), t, x).prev_sample
+        return x
+
+    alone = cls(prediction_type="flow_prediction", **shift)
+    alone.set_timesteps(sigmas=both["sigmas"], mu=0.6)
+    assert torch.equal(outputs(scheduler, noise), outputs(alone, noise))
+    with pytest.raises(UserError, match="belong together"):
+        scheduler.set_timesteps(**{**both, "timesteps": told[1:].tolist()})
+
+
 def test_lambda_clip_starts_where_it_says():
     scheduler = DPMSolverPPScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
     for grid in ("auto", "diffusers", "karras", "time_uniform"):

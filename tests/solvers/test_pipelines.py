@@ -317,6 +317,54 @@ def test_flux_with_and_without_dynamic_shifting(tiny_flux, name):
     np.testing.assert_allclose(seen, expected[2:], rtol=1e-5)
 
 
+# ---------------------------------------------------------------- CogView4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cogview4_tells_its_network_the_times_before_the_shift(name):
+    torch.manual_seed(0)
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
+    shift = {"base_shift": 0.25, "max_shift": 0.75, "use_dynamic_shifting": True, "time_shift_type": "linear"}
+    pipe = diffusers.CogView4Pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+    )
+
+    def run(pipe):
+        return draw(
+            pipe,
+            prompt_embeds=torch.ones(1, 16, 16),
+            negative_prompt_embeds=torch.zeros(1, 16, 16),
+            height=16,
+            width=16,
+            output_type="latent",
+        )
+
+    pipe.set_progress_bar_config(disable=True)
+    theirs, levels = run(pipe)
+    other = swapped(pipe, name)
+    ours, seen = run(other)
+    # This pipeline's callback is given sigmas.
+    np.testing.assert_allclose(seen, levels, rtol=1e-5)
+    assert other.scheduler.timesteps.tolist() == [1000, 500, 1]
+    if name == "ddim":  # which Euler's method is, for a flow
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- video
 
 
