@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ class Weights:
 
     def _attach(self, name: str, settings: dict[str, Any], seed: int) -> None:
         # New weights come from the seed, and the caller's generator is left alone.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second one, on purpose
             torch.manual_seed(seed)
             try:
                 self.adapter.module.add_adapter(
