@@ -56,6 +56,12 @@ COMMANDS: dict[str, Command] = {
         "estimate DPM-Solver-v3's statistics for a pipeline",
         "diffalign calibrate ems --model playground/sd --guidance_scale 4 --intervals 60 --samples 32",
     ),
+    "calibrate plan": Command(
+        "diffalign.calibrate.plan:CalibratePlanConfig",
+        "diffalign.calibrate.plan:run",
+        "fit a sampler to a pipeline: times and weights of every step",
+        "diffalign calibrate plan --model playground/sd --num_inference_steps 5 8 --guidance_scale 4",
+    ),
     "calibrate dc": Command(
         "diffalign.calibrate.dc:CalibrateDCConfig",
         "diffalign.calibrate.dc:run",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from diffalign.solvers.calibrated import CalibratedScheduler
     from diffalign.solvers.dc_solver import DCSolverScheduler
     from diffalign.solvers.ddim import DDIMScheduler
     from diffalign.solvers.dpm_solver import DPMSolverScheduler
@@ -38,6 +39,7 @@ _SCHEDULERS = {
     "time-shift": ("time_shift", "TimeShiftScheduler"),
 }
 _OTHERS = {
+    "CalibratedScheduler": "calibrated",
     "GaussianMixture": "mixture",
     "NoiseSchedule": "noise",
     "PlanScheduler": "scheduler",
@@ -92,6 +94,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SOLVERS",
+    "CalibratedScheduler",
     "DCSolverScheduler",
     "DDIMScheduler",
     "DPMSolverPPScheduler",
