@@ -57,15 +57,17 @@ def figure_png(figure: Figure, dpi: int = 150) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def new_figure(width: float = 6.0, height: float = 3.4, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(
+    width: float = 6.0, height: float = 3.4, columns: int = 1, rows: int = 1
+) -> tuple[Figure, Any]:
     """A figure and its axes in the report's style; never opens a window."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-    for ax in np.atleast_1d(axes):
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    for ax in np.atleast_1d(axes).flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, color="#e6e8eb", linewidth=0.8)
         ax.set_axisbelow(True)
