@@ -72,6 +72,7 @@ def search_dc_ratios(
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
+    mu: float | None = None,
     guidance_scale: float | None = None,
     method: str = "bounded",
     bounds: tuple[float, float] = (-1.0, 3.0),
@@ -90,6 +91,7 @@ def search_dc_ratios(
         x_T: (B, ...) starting noise, float32 or float64.
         num_inference_steps: number of steps, or
         timesteps: custom times.
+        mu: shift of a flow model's grid, as in ``set_timesteps``.
         guidance_scale: of `model_fn`, for the record.
         method: ``bounded``: Brent's method within `bounds`, and the exact minimum where the state after the
             step needs no network (the last step, solvers without corrector). ``published``: 40 iterations of
@@ -106,7 +108,7 @@ def search_dc_ratios(
         The ratios: on the rows that decide, never worse than none.
 
     Raises:
-        UserError: for arguments that don't fit together.
+        UserError: for arguments that don't fit together, and if the exact solution is not finite.
     """
     check_choice("method", method, ("bounded", "published"))
     if not 0.0 <= held_out < 1.0:
@@ -119,7 +121,7 @@ def search_dc_ratios(
     plain = DCSolverScheduler.from_config(
         scheduler.config, dc_ratios=None, cpr_coefficients=None, cpr_last=None, last_step_ratio=1.0
     )
-    plain.set_timesteps(num_inference_steps, device=x_T.device, timesteps=timesteps)
+    plain.set_timesteps(num_inference_steps, device=x_T.device, timesteps=timesteps, mu=mu)
     calls = 0
 
     def counted(x: Tensor, t: Any) -> Tensor:
@@ -134,6 +136,11 @@ def search_dc_ratios(
     count = len(plain.timesteps)
     if len(reference) != count + 1:
         raise UserError(f"reference must have {count + 1} states, one has {len(reference)}")
+    if not torch.isfinite(reference[-1]).all():
+        raise UserError(
+            "the converged solution of this network is not finite, so nothing can be measured by it; run the "
+            "network in float32 or bfloat16"
+        )
     reference_nfe, calls = calls, 0
 
     def loss(state: Tensor, *, e: int, rows: slice) -> Tensor:

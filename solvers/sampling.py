@@ -19,6 +19,7 @@ def sample(
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
+    mu: float | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -31,6 +32,7 @@ def sample(
         scheduler: its ``set_timesteps`` is called, so it may have been used before.
         num_inference_steps: number of steps, or
         timesteps: custom times.
+        mu: shift of a flow model's grid, as in ``set_timesteps``.
         generator: for schedulers with noise; one, or one per image.
         callback: called as ``callback(i, t, x)`` with the sample after step i.
 
@@ -38,10 +40,8 @@ def sample(
         The sample, of the shape, dtype and device of `noise`. Differentiable unless the caller turns that
         off.
     """
-    extra: dict[str, Any] = {} if timesteps is None else {"timesteps": timesteps}
-    if num_inference_steps is not None:
-        extra["num_inference_steps"] = num_inference_steps
-    scheduler.set_timesteps(device=noise.device, **extra)
+    how = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "mu": mu}
+    scheduler.set_timesteps(device=noise.device, **{k: v for k, v in how.items() if v is not None})
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_arguments = {"generator": generator} if takes_generator and generator is not None else {}
     x = noise * scheduler.init_noise_sigma

@@ -9,7 +9,8 @@ import torch
 
 from diffalign import cli
 from diffalign.bench.networks import tiny_pipeline
-from diffalign.calibrate.guided import guided_model, starting_noise
+from diffalign.calibrate.guided import guided_model, guided_network, starting_noise
+from diffalign.errors import UserError
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.solvers import DCSolverScheduler, UniPCScheduler, sample
@@ -24,9 +25,15 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture
+def sd_schedule():
+    return {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
 def calibrate(folder, out, *more):
     base = ["calibrate", "dc", "--model", folder, "--output_dir", str(out), "--device", "cpu"]
-    return cli.main([*base, "--samples", "4", "--reference_steps", "20", "--evaluations", "3", *more])
+    base += ["--samples", "4", "--reference_steps", "10", "--evaluations", "3", "--resolution", "16"]
+    return cli.main([*base, *more])
 
 
 def test_ratios_are_found_stored_and_loaded(folder, tmp_path, capsys):
@@ -47,6 +54,49 @@ def test_ratios_are_found_stored_and_loaded(folder, tmp_path, capsys):
         assert scheduler.ratios == result["ratios"]
     assert calibrate(folder, out, *options, "--guidance_scale", "3") == 2  # in use
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_interrupted_search_goes_on(folder, tmp_path, monkeypatch, capsys):
+    from diffalign.calibrate import dc
+    from diffalign.solvers import dc_search
+
+    options = ["--prompts", "a", "--num_inference_steps", "3", "4", "--guidance_scale", "1"]
+    assert calibrate(folder, tmp_path / "whole", *options) == 0
+    searched, search = [], dc_search.search_dc_ratios
+
+    def interrupted(*args, num_inference_steps, **kwargs):
+        if len(searched) == 1:
+            raise KeyboardInterrupt
+        searched.append(num_inference_steps)
+        return search(*args, num_inference_steps=num_inference_steps, **kwargs)
+
+    monkeypatch.setattr(dc_search, "search_dc_ratios", interrupted)
+    assert calibrate(folder, tmp_path / "parts", *options) == 130
+    assert not (tmp_path / "parts" / "scheduler").exists()
+    monkeypatch.setattr(
+        dc_search,
+        "search_dc_ratios",
+        lambda *a, **k: searched.append(k["num_inference_steps"]) or search(*a, **k),
+    )
+    assert calibrate(folder, tmp_path / "parts", *options) == 0
+    assert searched == [3, 4]
+    whole, parts = (
+        json.loads((tmp_path / name / dc.RECORD).read_text())["results"] for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert calibrate(folder, tmp_path / "parts", *options, "--samples", "6") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_network_that_overflows_is_refused(sd_schedule):
+    scheduler = DCSolverScheduler(**sd_schedule)
+    with pytest.raises(UserError, match="converged solution of this network is not finite"):
+        search_dc_ratios(
+            lambda x, t: x * (float("nan") if t < 300 else 1.0),
+            scheduler,
+            torch.randn(2, 4, 8, 8),
+            num_inference_steps=4,
+        )
 
 
 def test_a_polynomial_through_three_scales_and_a_whole_pipeline(folder, tmp_path):
@@ -73,7 +123,7 @@ def test_the_search_sees_what_the_pipeline_runs(folder, scale):
     adapter = load_adapter(pipe)
     prompts, seeds = ["a", "b", "c"], [5, 6, 7]
     scheduler = UniPCScheduler.from_config(pipe.scheduler.config)
-    model = guided_model(adapter, prompts, guidance_scale=scale, batch_size=2)
+    model = guided_model(guided_network(adapter, prompts, guidance_scale=scale), range(3), batch_size=2)
     with torch.no_grad():
         ours = sample(model, starting_noise(adapter, seeds), scheduler, num_inference_steps=4)
     theirs = generate(pipe, prompts, seeds, steps=4, guidance=scale, scheduler=scheduler).latents
@@ -85,7 +135,7 @@ def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
     pipe = tiny_pipeline()
     adapter = load_adapter(pipe)
     scheduler = DCSolverScheduler.from_config(pipe.scheduler.config, grid="time_uniform")
-    model = guided_model(adapter, ["a"] * 4, guidance_scale=2.0)
+    model = guided_model(guided_network(adapter, ["a"] * 4, guidance_scale=2.0), range(4))
     found: DCRatios = search_dc_ratios(
         model, scheduler, starting_noise(adapter, range(4)), num_inference_steps=5, reference_steps=60
     )
@@ -109,8 +159,9 @@ def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
         (["--num_inference_steps", "5", "5"], "different numbers"),
         (["--guidance_scale", "1", "2"], "give at least 3 of --guidance_scale"),
         (["--guidance_scale", "0.5"], "--guidance_scale must be 1 or more"),
+        (["--resolution", "21"], "--resolution must be a multiple of"),
         (["--samples", "1"], "--samples must be at least 2"),
-        (["--reference_steps", "12"], "is no yardstick for 10 steps"),
+        (["--reference_steps", "9"], "is no yardstick for 5 steps"),
         (["--solver_order", "9"], "solver_order must be 1, 2, 3 or 4"),
         (["--grid", "karas"], "did you mean 'karras'"),
         (["--predictor", "euler"], "--predictor takes one of unipc"),
@@ -118,7 +169,7 @@ def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
     ],
 )
 def test_bad_input_is_refused(folder, tmp_path, capsys, args, part):
-    base = ["--prompts", "a", "--num_inference_steps", "5", "10"]
+    base = ["--prompts", "a", "--num_inference_steps", "4", "5"]
     assert calibrate(folder, tmp_path / "out", *base, *args) == 2
     assert part in capsys.readouterr().err
 

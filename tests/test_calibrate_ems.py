@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from diffalign import solvers
+from diffalign.bench.networks import tiny_pipeline
 from diffalign.calibrate.ems import CalibrateEMSConfig, run
 from diffalign.errors import UserError
 from diffalign.solvers import DPMSolverV3Scheduler
+from diffalign.solvers.ems import Sums
 
 TINY = {
     "guidance_scale": 2.0,
@@ -36,6 +41,47 @@ def test_shards_make_the_scheduler_of_one_run(tmp_path):
     run(CalibrateEMSConfig(**TINY, output_dir=str(tmp_path / "one")))
     with pytest.raises(UserError, match="other settings"):
         run(CalibrateEMSConfig(**{**TINY, "seed": 5}, output_dir=str(tmp_path / "one")))
+
+
+def test_an_interrupted_estimate_goes_on(tmp_path, monkeypatch):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    options = {**TINY, "model": str(tmp_path / "model"), "prompts": ["a", "b"], "samples": 6}
+    run(CalibrateEMSConfig(**options, output_dir=str(tmp_path / "whole")))
+
+    save = Sums.save
+
+    def interrupted(sums, path):
+        save(sums, path)
+        if sums.count == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sums, "save", interrupted)
+    config = CalibrateEMSConfig(**options, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(Sums, "save", save)
+    drawn, draw = [], solvers.sample
+
+    def counted(model, noise, *args, **kwargs):
+        drawn.append(len(noise))
+        return draw(model, noise, *args, **kwargs)
+
+    monkeypatch.setattr(solvers, "sample", counted)
+    run(config)
+    assert drawn == [2, 2]  # the batch that forward mode is tried on, and the one that is left
+    whole, parts = (
+        DPMSolverV3Scheduler.from_pretrained(tmp_path / name, subfolder="scheduler").statistics
+        for name in ("whole", "parts")
+    )
+    assert whole.sha256 == parts.sha256 or np.array_equal(whole.l, parts.l)
+    run(replace(config, pooled="all"))  # from the sums that are there
+    assert drawn == [2, 2]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    with pytest.raises(UserError, match="is not empty"):
+        run(CalibrateEMSConfig(**TINY, output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

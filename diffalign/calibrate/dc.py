@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffalign.calibrate.prompts import calibration_prompts
 from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
 if TYPE_CHECKING:
     from diffalign.solvers.dc_search import Cascade, DCRatios
+
+RECORD = "calibration.json"
+# What may differ between an interrupted run and the one that goes on. Steps and scales may: each pair of them
+# is a search of its own.
+_FREE = (
+    "output_dir",
+    "num_inference_steps",
+    "guidance_scale",
+    "save_pipeline",
+    "batch_size",
+    "device",
+    "overwrite",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class CalibrateDCConfig:
         dtype: of the model; auto is float32 on the CPU and 16 bits on a GPU
         variant: of the weight files, such as fp16
         revision: of a hub repository
-        overwrite: write into a folder that is not empty
+        overwrite: start afresh in a folder that is not empty
     """
 
     model: str = "playground/sd"
@@ -105,8 +121,11 @@ def run(config: CalibrateDCConfig) -> Path:
     Raises:
         UserError: no prompts, unknown model, options that the scheduler refuses, or an output folder in use.
     """
-    prompts = _prompts(config)
-    out = prepare(config.output_dir, overwrite=config.overwrite)
+    prompts = calibration_prompts(
+        config.model, config.prompts, config.prompt_file, samples=config.samples, seed=config.seed
+    )
+    earlier = [] if config.overwrite else _earlier(config)
+    out = prepare(config.output_dir, overwrite=config.overwrite or bool(earlier))
 
     from diffalign.pipelines.load import load_pipeline, make_scheduler
     from diffalign.report import versions
@@ -122,7 +141,18 @@ def run(config: CalibrateDCConfig) -> Path:
     options: dict[str, Any] = {
         name: getattr(config, name) for name in ("predictor", "solver_order", "dc_order", "grid")
     }
-    found = search(pipe, make_scheduler("dc-solver", pipe.scheduler.config, **options), prompts, config)
+
+    def keep(found: list[DCRatios], cascade: Cascade | None = None) -> None:
+        record = {
+            "settings": asdict(config),
+            "results": [asdict(result) for result in found],
+            "cascade": None if cascade is None else asdict(cascade),
+            "versions": versions(),
+        }
+        write_json(out / RECORD, record)
+
+    plain = make_scheduler("dc-solver", pipe.scheduler.config, **options)
+    found = search(pipe, plain, prompts, config, earlier=earlier, keep=keep)
     cascade = fit_cascade(found, order=config.dc_order) if len(config.guidance_scale) > 1 else None
     scheduler = make_scheduler("dc-solver", pipe.scheduler.config, **options, **_stored(found, cascade))
     if config.save_pipeline:
@@ -130,15 +160,7 @@ def run(config: CalibrateDCConfig) -> Path:
         pipe.save_pretrained(out)
     else:
         scheduler.save_pretrained(out / "scheduler")
-    write_json(
-        out / "calibration.json",
-        {
-            "settings": asdict(config),
-            "results": [asdict(result) for result in found],
-            "cascade": None if cascade is None else asdict(cascade),
-            "versions": versions(),
-        },
-    )
+    keep(found, cascade)
     print(_table(found))
     if cascade is not None:
         print(f"\none polynomial through all of them, root mean square error {cascade.error:.3f}")
@@ -146,53 +168,96 @@ def run(config: CalibrateDCConfig) -> Path:
     return out
 
 
-def search(pipe: Any, scheduler: Any, prompts: list[str], config: CalibrateDCConfig) -> list[DCRatios]:
-    """The ratios of every guidance scale and number of steps that `config` names."""
+def search(
+    pipe: Any,
+    scheduler: Any,
+    prompts: list[str],
+    config: CalibrateDCConfig,
+    *,
+    earlier: Sequence[DCRatios] = (),
+    keep: Callable[[list[DCRatios]], None] = lambda found: None,
+) -> list[DCRatios]:
+    """The ratios of every guidance scale and number of steps that `config` names.
+
+    Args:
+        pipe: the pipeline.
+        scheduler: the solver and grid.
+        prompts: used in turn.
+        config: the settings.
+        earlier: results that needn't be searched again.
+        keep: called with all results so far after each search.
+    """
     from tqdm.auto import tqdm
 
-    from diffalign.calibrate.guided import guided_model, starting_noise
+    from diffalign.calibrate.guided import dynamic_shift, guided_model, guided_network, starting_noise
     from diffalign.models import load_adapter
     from diffalign.solvers.dc_search import search_dc_ratios
 
     adapter = load_adapter(pipe)
-    noise = starting_noise(
-        adapter, range(config.seed, config.seed + config.samples), resolution=config.resolution
-    )
-    results = []
-    for scale in config.guidance_scale:
-        model = guided_model(
+    seeds = range(config.seed, config.seed + config.samples)
+    noise = starting_noise(adapter, seeds, resolution=config.resolution)
+    mu = dynamic_shift(adapter, resolution=config.resolution)
+    known = {(result.guidance_scale, result.num_inference_steps): result for result in earlier}
+    pairs = [(scale, n) for scale in config.guidance_scale for n in config.num_inference_steps]
+    for place, (scale, n) in enumerate(pairs, 1):
+        if (scale, n) in known:
+            continue
+        network = guided_network(
             adapter,
             [prompts[i % len(prompts)] for i in range(config.samples)],
             guidance_scale=scale,
             resolution=config.resolution,
-            batch_size=config.batch_size,
         )
-        for n in config.num_inference_steps:
-            with tqdm(desc=f"{n} steps, guidance {scale:g}", unit="evaluation", leave=False) as bar:
-                results.append(
-                    search_dc_ratios(
-                        model,
-                        scheduler,
-                        noise,
-                        num_inference_steps=n,
-                        guidance_scale=scale,
-                        evaluations=config.evaluations,
-                        reference_steps=config.reference_steps,
-                        callback=bar.update,
-                    )
-                )
+        title = f"{place} of {len(pairs)}: {n} steps, guidance {scale:g}"
+        with tqdm(desc=title, total=_evaluations(config, n), unit="evaluation", leave=False) as bar:
+            known[scale, n] = search_dc_ratios(
+                guided_model(network, range(config.samples), batch_size=config.batch_size),
+                scheduler,
+                noise,
+                num_inference_steps=n,
+                mu=mu,
+                guidance_scale=scale,
+                evaluations=config.evaluations,
+                reference_steps=config.reference_steps,
+                callback=bar.update,
+            )
+        keep(list(known.values()))
+    return [known[pair] for pair in pairs]
+
+
+def _evaluations(config: CalibrateDCConfig, n: int) -> int:
+    """About how many network evaluations the search for n steps takes."""
+    searched = n - 1 - config.dc_order if config.predictor == "unipc" else 0
+    return config.reference_steps + 2 * n + searched * (config.evaluations + 1)
+
+
+def _earlier(config: CalibrateDCConfig) -> list[DCRatios]:
+    """Results in the output folder that another run with these settings left.
+
+    Raises:
+        UserError: those there are of other settings.
+    """
+    from diffalign.solvers.dc_search import DCRatios
+
+    file = Path(config.output_dir).expanduser() / RECORD
+    if not file.is_file():
+        return []
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        results = [DCRatios(**result) for result in record["results"]]
+        same = _settings(record["settings"]) == _settings(asdict(config))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(
+            f"output folder {str(file.parent)!r} is not empty: it holds a calibration with other settings; "
+            "add --overwrite or choose another --output_dir"
+        )
     return results
 
 
-def _prompts(config: CalibrateDCConfig) -> list[str]:
-    from diffalign.pipelines.load import PLAYGROUND
-    from diffalign.sample import read_prompts
-
-    if config.prompts is None and config.prompt_file is None and config.model.startswith(PLAYGROUND):
-        from diffalign.playground.captions import draw_captions
-
-        return draw_captions(config.seed, config.samples, held_out=False)
-    return read_prompts(config.prompts, config.prompt_file)
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _FREE}
 
 
 def _stored(found: list[DCRatios], cascade: Cascade | None) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffalign.calibrate.prompts import calibration_prompts
 from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffalign.calibrate.guided import GuidedNetwork
     from diffalign.models.base import ModelAdapter
     from diffalign.solvers.ems import Sums
 
@@ -100,7 +102,10 @@ def run(config: CalibrateEMSConfig) -> Path:
     from diffalign.pipelines.load import load_pipeline, make_scheduler
     from diffalign.report import versions
 
-    prompts = _prompts(config)
+    prompts = calibration_prompts(
+        config.model, config.prompts, config.prompt_file, samples=config.samples, seed=config.seed
+    )
+    earlier = None if config.overwrite else _earlier(config)
     out = prepare(config.output_dir, overwrite=True)
     # Forward mode and differences need float32, whatever the device.
     pipe = load_pipeline(
@@ -110,7 +115,7 @@ def run(config: CalibrateEMSConfig) -> Path:
         revision=config.revision,
         variant=config.variant,
     )
-    estimate_shard(pipe, prompts, config, out)
+    estimate_shard(pipe, prompts, config, out, resume=earlier)
     files = [_file(out, k, config.part[1]) for k in range(config.part[1])]
     missing = [file.name for file in files if not file.is_file() or not _complete(file, config)]
     if missing:
@@ -136,47 +141,32 @@ def run(config: CalibrateEMSConfig) -> Path:
     return out
 
 
-def estimate_shard(pipe: Any, prompts: list[str], config: CalibrateEMSConfig, out: Path) -> Sums:
-    """The sums of this shard, continued from and kept in a file of `out`."""
-    import torch
+def estimate_shard(
+    pipe: Any, prompts: list[str], config: CalibrateEMSConfig, out: Path, *, resume: Sums | None = None
+) -> Sums:
+    """The sums of this shard, continued from `resume`, kept in a file of `out`."""
     from tqdm.auto import tqdm
 
+    from diffalign.calibrate.guided import guided_network
     from diffalign.models import load_adapter
-    from diffalign.solvers.ems import Sums, estimate
+    from diffalign.solvers.ems import estimate
 
     adapter = load_adapter(pipe)
+    if resume is not None and resume.count == len(_shard(config, config.part[0])):
+        return resume
+    network = guided_network(
+        adapter,
+        [prompts[i % len(prompts)] for i in range(config.samples)],
+        guidance_scale=config.guidance_scale,
+        resolution=config.resolution,
+    )
+    x0 = _samples(adapter, network, config, done=resume.count if resume is not None else 0)
+    info = {
+        "settings": _settings(config),
+        "guidance_scale": config.guidance_scale,
+        "model": config.model,
+    }
     file = _file(out, *config.part)
-    resume = None
-    if file.is_file() and not config.overwrite:
-        resume = Sums.load(file)
-        if resume.info.get("settings") != _settings(config):
-            raise UserError(
-                f"{str(out)!r} holds an estimate with other settings; add --overwrite or choose another "
-                "--output_dir"
-            )
-    wanted = [prompts[i % len(prompts)] for i in range(config.samples)]
-    x0 = _samples(adapter, wanted, config)
-    cond, empty = adapter.encode_prompts(wanted), adapter.empty_caption()
-    side = config.resolution or adapter.default_resolution
-    guidance = config.guidance_scale
-
-    def network(x: Tensor, t: Tensor, items: Tensor) -> Tensor:
-        rows = items.to(x.device)
-        size = torch.full((len(x), 2), side, device=x.device)
-        told = adapter.size_conditions(size, torch.zeros_like(size), size)
-        time = t.expand(len(x))
-        towards = adapter.denoise(x, time, {**{k: v[rows] for k, v in cond.items()}, **told}).float()
-        if guidance == 1.0:
-            return towards
-        nothing = {k: v.expand(len(x), *v.shape[1:]) for k, v in empty.items()}
-        free = adapter.denoise(x, time, {**nothing, **told}).float()
-        return free + guidance * (towards - free)
-
-    info = {"settings": _settings(config), "guidance_scale": guidance, "model": config.model}
-
-    def keep(sums: Sums) -> None:
-        sums.save(file)
-
     with tqdm(desc=f"statistics, shard {config.shard}", unit="sample", leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -196,38 +186,65 @@ def estimate_shard(pipe: Any, prompts: list[str], config: CalibrateEMSConfig, ou
             resume=resume,
             info=info,
             progress=progress,
-            checkpoint=keep,
+            checkpoint=lambda sums: sums.save(file),  # type: ignore[arg-type,return-value]
         )
 
 
-def _samples(adapter: ModelAdapter, prompts: list[str], config: CalibrateEMSConfig) -> Tensor:
-    """The model's own samples; only those of this shard are drawn, the others stay 0."""
+def _samples(adapter: ModelAdapter, network: GuidedNetwork, config: CalibrateEMSConfig, done: int) -> Tensor:
+    """The model's own samples; only those are drawn that this shard still needs, the others stay 0."""
     import torch
     from tqdm.auto import tqdm
 
-    from diffalign.calibrate.guided import guided_model, starting_noise
+    from diffalign.calibrate.guided import dynamic_shift, guided_model, starting_noise
     from diffalign.pipelines.load import make_scheduler
     from diffalign.solvers import sample
 
-    k, n = config.part
-    mine = list(range(k, config.samples, n))
     scheduler = make_scheduler("dpm-solver++", adapter.pipeline.scheduler.config, solver_order=2)
     seeds = range(config.seed, config.seed + config.samples)
     noise = starting_noise(adapter, seeds, resolution=config.resolution)
+    mu = dynamic_shift(adapter, resolution=config.resolution)
+    mine = _shard(config, config.part[0])
+    batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+    # The first batch is also what forward mode is tried on.
+    wanted = [b for i, b in enumerate(batches) if i == 0 or (i + 1) * config.batch_size > done]
     x0 = torch.zeros_like(noise)
-    starts = range(0, len(mine), config.batch_size)
-    for first in tqdm(starts, desc="samples of the model", unit="batch", leave=False):
-        part = mine[first : first + config.batch_size]
-        model = guided_model(
-            adapter,
-            [prompts[i] for i in part],
-            guidance_scale=config.guidance_scale,
-            resolution=config.resolution,
-            batch_size=config.batch_size,
-        )
+    for part in tqdm(wanted, desc="samples of the model", unit="batch", leave=False):
+        model = guided_model(network, part, batch_size=config.batch_size)
         with torch.no_grad():
-            x0[part] = sample(model, noise[part], scheduler, num_inference_steps=config.sample_steps)
+            x0[part] = sample(model, noise[part], scheduler, num_inference_steps=config.sample_steps, mu=mu)
     return x0
+
+
+def _shard(config: CalibrateEMSConfig, k: int) -> list[int]:
+    """The samples of shard k."""
+    return list(range(k, config.samples, config.part[1]))
+
+
+def _earlier(config: CalibrateEMSConfig) -> Sums | None:
+    """The sums of this shard that another run with these settings left in the output folder.
+
+    Raises:
+        UserError: what is there is of other settings, or no estimate at all.
+    """
+    from diffalign.solvers.ems import Sums
+
+    out = Path(config.output_dir).expanduser()
+    file = _file(out, *config.part)
+    if file.is_file():
+        sums = Sums.load(file)
+        if sums.info.get("settings") != _settings(config):
+            raise UserError(
+                f"{str(out)!r} holds an estimate with other settings; add --overwrite or choose another "
+                "--output_dir"
+            )
+        return sums
+    # Hidden files may be another shard's, being written.
+    others = [p for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
+    if others and not any(out.glob("sums-*.safetensors")):
+        raise UserError(
+            f"output folder {str(out)!r} is not empty; add --overwrite or choose another --output_dir"
+        )
+    return None
 
 
 def _settings(config: CalibrateEMSConfig) -> dict[str, Any]:
@@ -242,18 +259,5 @@ def _complete(file: Path, config: CalibrateEMSConfig) -> bool:
     from diffalign.solvers.ems import Sums
 
     sums = Sums.load(file)
-    k = int(file.name.split("-")[1])
-    return sums.info.get("settings") == _settings(config) and sums.count == len(
-        range(k, config.samples, config.part[1])
-    )
-
-
-def _prompts(config: CalibrateEMSConfig) -> list[str]:
-    from diffalign.pipelines.load import PLAYGROUND
-    from diffalign.sample import read_prompts
-
-    if config.prompts is None and config.prompt_file is None and config.model.startswith(PLAYGROUND):
-        from diffalign.playground.captions import draw_captions
-
-        return draw_captions(config.seed, config.samples, held_out=False)
-    return read_prompts(config.prompts, config.prompt_file)
+    wanted = _shard(config, int(file.name.split("-")[1]))
+    return sums.info.get("settings") == _settings(config) and sums.count == len(wanted)

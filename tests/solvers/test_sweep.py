@@ -72,8 +72,7 @@ OWN = {
     "pool": ("batch", "sample"),
     "window": (0, 20, 100),
 }
-# Not float16: solvers in noise form that diverge on few steps from almost pure noise pass its 65504.
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEPS = st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(1, 50), st.just(100))
 
 
@@ -128,21 +127,22 @@ def arguments(schedule, how, steps):
 
 
 def run(scheduler, *, begin=None, dtype=torch.float32):
-    """A whole run; every sample is checked."""
+    """A whole run; every sample is checked. Returns the largest number met."""
     if begin is not None:
         scheduler.set_begin_index(begin)
     x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    evaluations = 0
+    evaluations, largest = 0, 0.0
     for t in scheduler.timesteps[begin or 0 :]:
         output = network(scheduler.scale_model_input(x, t), t)
         evaluations += 1
         x = scheduler.step(output, t, x, generator=generator, return_dict=False)[0]
         assert torch.isfinite(x).all(), f"not finite after t = {float(t)}"
         assert x.dtype == dtype
+        largest = max(largest, float(x.abs().max()))
     assert evaluations == len(scheduler.timesteps) - (begin or 0)
     assert scheduler.step_index == scheduler.num_inference_steps == len(scheduler.timesteps)
-    return x
+    return largest
 
 
 #: Words of the options: a refusal must hold one, so that the reader knows what to change.
@@ -177,7 +177,14 @@ def test_any_options_work_or_are_refused_in_a_sentence(case, begin, dtype):
     assert len(scheduler.sigmas) == count + 1
     assert torch.isfinite(scheduler.sigmas).all()
     assert torch.isfinite(scheduler.timesteps.double()).all()
-    run(scheduler, begin=None if begin is None else int(begin * (count - 1)), dtype=dtype)
+    begin = None if begin is None else int(begin * (count - 1))
+    if dtype == torch.float16:
+        # A solver in noise form that diverges on few steps from almost pure noise may pass its range.
+        largest = run(scheduler, begin=begin)
+        scheduler.set_timesteps(**arguments(scheduler.schedule, how, steps))
+        if largest > 0.5 * torch.finfo(dtype).max:
+            return
+    run(scheduler, begin=begin, dtype=dtype)
 
 
 # ---------------------------------------------------------------- the grid that crashes diffusers
