@@ -15,7 +15,7 @@ from diffalign.bench.samplers_report import SamplersConfig
 from diffalign.bench.samplers_report import run as run_samplers
 from diffalign.bench.step import PAIRS, StepConfig, compare_steps, count_syncs, traffic
 from diffalign.bench.step import run as run_step
-from diffalign.bench.train import METHODS, BenchTrainConfig, count, make_case, measure
+from diffalign.bench.train import LIMITS, METHODS, BenchTrainConfig, count, make_case, measure
 from diffalign.bench.train import run as run_train
 from diffalign.errors import UserError
 from diffalign.solvers import SOLVERS
@@ -285,6 +285,13 @@ def test_a_dpo_step_costs_what_arithmetic_allows():
         assert found["dpo-cached"]["operations"] < 1.05
         assert found["dpo-plain"]["operations"] > found["dpo"]["operations"] + 0.3
         assert found["dpo"]["activations"] < 1.01
+        assert found["dpo-low-memory"]["operations"] == pytest.approx(found["dpo"]["operations"], rel=1e-6)
+        assert found["dpo-low-memory"]["activations"] < 0.52
+        assert {method: LIMITS.get((kind, method)) for method in ("dpo", "dpo-cached", "dpo-plain")} == {
+            "dpo": goal,
+            "dpo-cached": 1.05,
+            "dpo-plain": None,
+        }
 
 
 def test_gradient_checkpointing_trades_operations_for_memory():
@@ -300,11 +307,16 @@ def make_flops(config):
 def test_methods_agree_where_policy_is_reference():
     """An untouched LoRA: every DPO loss is log 2, and its gradient is not zero."""
     case = make_case("tiny", "lora", BenchTrainConfig(), torch.device("cpu"))
-    for method in ("dpo", "dpo-cached", "dpo-plain"):
-        loss = case.losses[method]()
+    gradients = {}
+    for method in ("dpo", "dpo-cached", "dpo-low-memory", "dpo-plain"):
+        loss = case.steps[method]()
         assert loss.item() == pytest.approx(np.log(2), abs=2e-4 if method == "dpo-cached" else 1e-6), method
-        loss.backward()
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in case.trainable), method
+        gradients[method] = [p.grad for p in case.trainable]
+        for p in case.trainable:
+            p.grad = None
+        assert max(g.abs().max() for g in gradients[method] if g is not None) > 0, method
+    for one, two in zip(gradients["dpo"], gradients["dpo-low-memory"], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 
 
 def test_measured_ratios_are_to_fine_tuning():

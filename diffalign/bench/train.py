@@ -7,7 +7,9 @@ depend on the machine. Time and, on CUDA, peak memory are measured with all meth
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,17 +22,25 @@ METHODS = {
     "finetune": "denoising error of both images of each pair",
     "dpo": "Diffusion-DPO, the reference run in every step: adapters off, or a frozen copy for full training",
     "dpo-cached": "Diffusion-DPO with the errors of the reference known beforehand",
+    "dpo-low-memory": "Diffusion-DPO with the graph of one image at a time, the coefficient applied after it",
     "dpo-plain": "as published scripts do: a second network as reference, images encoded in every step",
 }
 SIZES = ("tiny", "sd15", "sdxl")
+#: (kind of training, method) -> how many times the operations, and the time, of fine-tuning it may take.
+LIMITS = {
+    ("lora", "dpo"): 1.50,
+    ("full", "dpo"): 1.36,
+    **{(kind, "dpo-low-memory"): limit for kind, limit in (("lora", 1.50), ("full", 1.36))},
+    **{(kind, "dpo-cached"): 1.05 for kind in ("lora", "full")},
+}
 
 
 @dataclass(frozen=True)
 class BenchTrainConfig:
     """Cost of a Diffusion-DPO step against fine-tuning of the same images, LoRA and full, on random networks.
 
-    Writes train.json and train.md. Ratios are to fine-tuning; the goals are 1.50 for LoRA and 1.36 for full
-    training with a live reference, 1.05 with a cached one.
+    Writes train.json and train.md. Ratios are to fine-tuning; the limit beside them is 1.50 for LoRA and 1.36
+    for full training with a live reference, 1.05 with a cached one.
 
     Attributes:
         output_dir: folder to write to
@@ -95,7 +105,11 @@ def run(config: BenchTrainConfig) -> list[dict[str, Any]]:
             counts = count(size, kind, config)
             times = measure(size, kind, config, device) if timed else {}
             rows += [
-                common | {"method": name} | counts[name] | times.get(name, NOT_TIMED) for name in METHODS
+                common
+                | {"method": name, "limit": LIMITS.get((kind, name))}
+                | counts[name]
+                | times.get(name, NOT_TIMED)
+                for name in METHODS
             ]
     finally:
         torch.set_num_threads(threads)
@@ -113,11 +127,12 @@ class Case:
 
     Attributes:
         trainable: parameters of the optimiser.
-        losses: method -> function that runs the forward passes and returns the scalar loss.
+        steps: method -> function that runs forward and backward passes, adds to the gradients, and returns
+            the loss.
     """
 
     trainable: list[Any]
-    losses: dict[str, Callable[[], Any]]
+    steps: dict[str, Callable[[], Any]]
 
 
 def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Case:
@@ -136,6 +151,7 @@ def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Ca
     from diffalign.losses import sigmoid
     from diffalign.models.reference import adapters_off, frozen_copy
     from diffalign.solvers.noise import NoiseSchedule
+    from diffalign.trainers.deferred import backward_in_turn
 
     shape = UNETS[size]
     rows, side = 2 * config.pairs, shape["sample_size"]
@@ -175,18 +191,40 @@ def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Ca
 
         return denoise
 
-    def noised(x0: Any = latents) -> Any:
-        return add_noise(schedule, "epsilon", x0, noise, t)
+    def noised(x0: Any = latents, rows: slice = slice(None)) -> Any:
+        return add_noise(schedule, "epsilon", x0[rows], noise[rows], t[rows])
 
     def finetune() -> Any:
         made = noised()
         return denoising_error(denoise_with(off)(made.x_t, made.t, cond), made.target).mean()
 
+    def loss_of(errors: Any) -> Any:
+        chosen, rejected = errors.log_ratio().chunk(2)
+        return sigmoid(chosen, rejected, 2000.0).sum() / config.pairs
+
     def dpo(x0: Any, reference: Any, policy: Any) -> Any:
-        chosen, rejected = (
-            evaluate(denoise_with(policy), noised(x0), cond, reference=reference).log_ratio().chunk(2)
-        )
-        return sigmoid(chosen, rejected, 2000.0).mean()
+        return loss_of(evaluate(denoise_with(policy), noised(x0), cond, reference=reference))
+
+    def low_memory() -> Any:
+        def errors(pair: int, side: int) -> Any:
+            row = slice(pair + side * config.pairs, pair + side * config.pairs + 1)
+            with _autocast_on(device, half):
+                return evaluate(denoise_with(off), noised(latents, row), _rows_of(cond, row))
+
+        total = torch.zeros(())
+        for pair in range(config.pairs):
+            both = backward_in_turn(functools.partial(errors, pair), loss_of, trainable)
+            total = total.to(both.policy) + loss_of(both).detach()
+        return total
+
+    def backward(loss: Callable[[], Any]) -> Callable[[], Any]:
+        def step() -> Any:
+            with _autocast_on(device, half):
+                value = loss()
+            value.backward()
+            return value.detach()
+
+        return step
 
     def plain() -> Any:
         with torch.no_grad():
@@ -198,13 +236,18 @@ def make_case(size: str, kind: str, config: BenchTrainConfig, device: Any) -> Ca
         with torch.no_grad(), _autocast_on(device, half):
             made = noised()
             known = denoising_error(denoise_with(off)(made.x_t, made.t, cond, reference=True), made.target)
-    losses = {
-        "finetune": finetune,
-        "dpo": lambda: dpo(latents, True, off),
-        "dpo-cached": lambda: dpo(latents, known, off),
-        "dpo-plain": plain,
+    steps = {
+        "finetune": backward(finetune),
+        "dpo": backward(lambda: dpo(latents, True, off)),
+        "dpo-cached": backward(lambda: dpo(latents, known, off)),
+        "dpo-low-memory": low_memory,
+        "dpo-plain": backward(plain),
     }
-    return Case(trainable, {name: _autocast(losses[name], device, half) for name in METHODS})
+    return Case(trainable, {name: steps[name] for name in METHODS})
+
+
+def _rows_of(cond: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {k: _rows_of(v, rows) if isinstance(v, dict) else v[rows] for k, v in cond.items()}
 
 
 def _add_lora(network: Any, rank: int) -> list[Any]:
@@ -238,14 +281,6 @@ def _autocast_on(device: Any, dtype: Any) -> Any:
     return torch.autocast(kind, dtype) if wanted else contextlib.nullcontext()
 
 
-def _autocast(loss: Callable[[], Any], device: Any, dtype: Any) -> Callable[[], Any]:
-    def cast() -> Any:
-        with _autocast_on(device, dtype):
-            return loss()
-
-    return cast
-
-
 def count(size: str, kind: str, config: BenchTrainConfig) -> dict[str, dict[str, float]]:
     """Operations and bytes kept for the backward pass of one step of each method, as ratios to fine-tuning.
 
@@ -255,9 +290,9 @@ def count(size: str, kind: str, config: BenchTrainConfig) -> dict[str, dict[str,
 
     case = make_case(size, kind, config, "meta")
     found = {}
-    for name, loss in case.losses.items():
+    for name, step in case.steps.items():
         with FlopCounterMode(display=False) as counter, _kept_bytes(case.trainable) as kept:
-            loss().backward()
+            step()
         found[name] = (float(counter.get_total_flops()), float(kept[0]))
         for parameter in case.trainable:
             parameter.grad = None
@@ -270,22 +305,32 @@ def count(size: str, kind: str, config: BenchTrainConfig) -> dict[str, dict[str,
 
 @contextlib.contextmanager
 def _kept_bytes(parameters: list[Any]) -> Iterator[list[int]]:
-    """Bytes of different tensors that autograd keeps in the block, weights not counted."""
+    """The most bytes that autograd keeps at one time in the block, weights not counted."""
     import torch
 
-    total, seen = [0], {p.untyped_storage()._cdata for p in parameters}
-    held: list[Any] = []  # storages stay alive, so that an address is not used twice
+    weights = {p.untyped_storage()._cdata for p in parameters}
+    users: Counter[int] = Counter()  # of each storage, which is counted once
+    alive, most = 0, [0]
 
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen and not tensor.is_leaf:
-            seen.add(storage._cdata)
-            held.append(storage)
-            total[0] += storage.nbytes()
-        return tensor
+    class Kept:
+        def __init__(self, tensor: Any) -> None:
+            nonlocal alive
+            self.tensor, self.storage = tensor, tensor.untyped_storage()
+            self.place = self.storage._cdata
+            self.counts = self.place not in weights and not tensor.is_leaf
+            if self.counts:
+                alive += 0 if users[self.place] else self.storage.nbytes()
+                users[self.place] += 1
+                most[0] = max(most[0], alive)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
+        def __del__(self) -> None:
+            nonlocal alive
+            if self.counts:
+                users[self.place] -= 1
+                alive -= 0 if users[self.place] else self.storage.nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        yield most
 
 
 def measure(
@@ -306,7 +351,7 @@ def measure(
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
-            case.losses[name]().backward()
+            case.steps[name]()
             torch.nn.utils.clip_grad_norm_(case.trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -17,6 +17,7 @@ from diffalign.data import ImageDataset, PairDataset, Selection, open_pairs
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors
 from diffalign.trainers import validation
+from diffalign.trainers.deferred import backward_in_turn
 from diffalign.trainers.denoising import Batch, DenoisingConfig, DenoisingTrainer
 
 P = TypeVar("P", bound="PairConfig")
@@ -93,44 +94,27 @@ class PairTrainer(DenoisingTrainer[P]):
         return torch.stack(sums).sum(0)
 
     def _accumulate_pair(self, step: int, slot: int, own_pairs: int, *, last: bool) -> Tensor:
-        """:meth:`accumulate` of one pair with one image's graph alive at a time.
-
-        The loss ``L(e_w, e_l)`` couples the images through two numbers only. The gradient of ``e_w`` is taken
-        before they are known and set aside; with ``e_l`` come ``dL/de_w``, by which it is then multiplied,
-        and ``dL/de_l``.
-        """
-        accelerator, parameters = self.accelerator, self.weights.trainable
+        """:meth:`accumulate` of one pair with one image's graph alive at a time."""
         batch = self.batch(step, range(slot, slot + 1))
-        chosen, rejected = (batch.row(side) for side in (0, 1))
-        gathered = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        with self.exchanged(False):
-            with accelerator.autocast():
-                errors_w = self._errors(chosen)
-            accelerator.backward(errors_w.policy.sum())
-        with self.exchanged(last):
-            with accelerator.autocast():
-                errors_l = self._errors(rejected)
-                both = Errors(
-                    torch.cat([errors_w.policy, errors_l.policy]).detach().requires_grad_(),
-                    None
-                    if errors_l.reference is None or errors_w.reference is None
-                    else torch.cat([errors_w.reference, errors_l.reference]),
-                    residual=None
-                    if errors_w.residual is None or errors_l.residual is None
-                    else torch.cat([errors_w.residual, errors_l.residual]).detach(),
-                )
-                losses, logit = self.pair_loss(both, batch)
-                losses = losses * batch.weight
-            slope_w, slope_l = torch.autograd.grad(losses.sum() / own_pairs, both.policy)[0]
-            for p, before in zip(parameters, gathered, strict=True):
-                if p.grad is not None:
-                    p.grad *= slope_w
-                if before is not None:
-                    p.grad = before if p.grad is None else p.grad.add_(before)
-            accelerator.backward(slope_l * errors_l.policy.sum())
-        return torch.cat([losses.detach().float(), self._sums(both, logit.detach(), batch)])
+
+        def errors(side: int) -> Errors:
+            with self.accelerator.autocast():
+                return self._errors(batch.row(side))
+
+        def loss(both: Errors) -> Tensor:
+            with self.accelerator.autocast():
+                return (self.pair_loss(both, batch)[0] * batch.weight).sum() / own_pairs
+
+        both = backward_in_turn(
+            errors,
+            loss,
+            self.weights.trainable,
+            backward=self.accelerator.backward,
+            around=lambda final: self.exchanged(last and final),
+        )
+        with torch.no_grad(), self.accelerator.autocast():
+            losses, logit = self.pair_loss(both, batch)
+        return torch.cat([(losses * batch.weight).float(), self._sums(both, logit, batch)])
 
     # ---------------------------------------------------------------- metrics
 
