@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "sft": _row("sft", "SFT", reference=False),
     "diffusion-dpo": _row("diffusion_dpo", "DiffusionDPO"),
     "flow-dpo": _row("flow_dpo", "FlowDPO", flow=True),
+    "sdpo": _row("diffusion_dpo", "DiffusionDPO", options={"sdpo_mu": 0.9}),
     "mapo": _row("mapo", "MaPO", reference=False),
     "diffusion-kto": _row("kto", "DiffusionKTO"),
     "seppo": _row("seppo", "SePPO", options=_GUIDED),
@@ -164,8 +165,11 @@ class Judged:
 
 def run(config: AlignConfig) -> list[dict[str, Any]]:
     """The command ``diffalign bench align``; returns the rows of the table."""
+    from diffusers.utils import logging
+
     from diffalign.bench.align_report import write_report
 
+    logging.set_verbosity_error()  # of LoRAs without a text encoder's part, which all of these are
     folder = _open(config)
     jobs = [(seed, name) for seed in config.seeds for name in ("base", *config.methods)]
     judged: dict[tuple[int, str], Judged] = {}
@@ -255,6 +259,8 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
         "checkpointing_steps": max(1, config.train_steps // 4),
         "checkpoints_total_limit": 1,
     }
+    known = {option.name for option in fields(_load(METHODS[name].config))}
+    common = {option: value for option, value in common.items() if option in known}  # not all hold pairs out
     return common | dict(METHODS[name].options) | config.options.get(name, {})
 
 
