@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Weights:
         # A LoRA's frozen base may be half precision; what is trained never is.
         wanted = HALF[config.mixed_precision] if self.lora else torch.float32
         if wanted not in (None, module.dtype):
-            module.to(wanted)
+            _cast(module, wanted)
         if self.lora:
             self._add_lora(config)
             cast_training_params(module, torch.float32)
@@ -234,6 +235,16 @@ class Weights:
             problem = [" ".join(str(error).split())]
         if problem:
             raise UserError(f"the LoRA in {folder} does not fit this model: {str(problem[0])[:200]}")
+
+
+def _cast(module: Any, dtype: torch.dtype) -> None:
+    """To another precision; what a family keeps in float32 stays so, as where diffusers loads it."""
+    kept: set[str] = set()
+    if dtype != torch.float32:
+        kept.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, weights in chain(module.named_parameters(), module.named_buffers()):
+        if weights.is_floating_point() and kept.isdisjoint(name.split(".")):
+            weights.data = weights.data.to(dtype)
 
 
 _SHAPE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")

@@ -195,6 +195,17 @@ def test_one_clip_at_a_time_has_the_same_gradient(run_of):
     assert sum(bool(p.any()) for p in gradients[0]) > 4
 
 
+def test_half_precision_keeps_in_float32_what_diffusers_keeps(run_of, tmp_path):
+    run = run_of(mixed_precision="bf16", low_memory=True)
+    run.train()
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    network = run.adapter.module
+    assert network.blocks[0].attn1.to_q.base_layer.weight.dtype == run.adapter.dtype == torch.bfloat16
+    assert network.scale_shift_table.dtype == torch.float32
+    assert network.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+
+
 def test_a_size_is_refused_before_anything_is_encoded(run_of, tmp_path):
     with pytest.raises(UserError, match="this is a video model: say what it is shown as clip"):
         run_of(clip=[]).train()
