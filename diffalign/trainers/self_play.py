@@ -44,7 +44,8 @@ class SelfPlayConfig(PairConfig):
     """Options of a method that compares good images with the model's own.
 
     Args:
-        round_steps: optimiser steps between two refreshments of reference and samples.
+        round_steps: optimiser steps between two refreshments of reference and samples. The weights of every
+            round stay in <output_dir>/self-play/pool: a LoRA file each, with rank 0 the whole network.
         sampling_steps: network evaluations per sample (DPM-Solver++).
         sampling_guidance_scale: guidance of the samples; 1 for none.
         sampling_batch_size: samples per network call.

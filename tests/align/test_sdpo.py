@@ -87,6 +87,7 @@ def test_the_guard_changes_what_is_learnt(trainer):
     [
         ({"sdpo_mu": 1.5}, "sdpo_mu must be between 0 and 1"),
         ({"sdpo_scope": "step"}, "sdpo_scope must be pair or batch"),
+        ({"sdpo_mu": 0.9, "sdpo_scope": "batch", "low_memory": True}, "low_memory takes one by one"),
         ({"dspo_beta": -1.0}, "dspo_beta must be 0 or more"),
         ({"dspo_beta": 0.1, "loss_type": "ipo"}, "dspo_beta is a loss of its own"),
         ({"dspo_beta": 0.1, "low_memory": True}, "dspo_beta is a loss of its own"),
