@@ -121,7 +121,9 @@ class DiffusionDPOConfig(PairConfig):
         self._need("sdpo_mu", self.sdpo_mu is None or 0 <= self.sdpo_mu <= 1, "between 0 and 1")
         self._need("sdpo_scope", self.sdpo_scope in ("pair", "batch"), "pair or batch")
         if self.low_memory and self.sdpo_mu is not None and self.sdpo_scope == "batch":
-            raise UserError("sdpo_scope batch looks at all pairs of a batch, which low_memory takes one by one")
+            raise UserError(
+                "sdpo_scope batch looks at all pairs of a batch, which low_memory takes one by one"
+            )
         self._need("dspo_beta", self.dspo_beta >= 0, "0 or more")
         if self.dspo_beta and (self.losses or alone or self.low_memory or self.reference_draws):
             raise UserError(
