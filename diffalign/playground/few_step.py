@@ -50,8 +50,12 @@ def make_scheduler(teacher: Any) -> Any:
     Args:
         teacher: the scheduler of the teacher, whose noise schedule it keeps.
     """
-    return LCMScheduler.from_config(
-        teacher.config, original_inference_steps=len(TIMES), prediction_type="v_prediction"
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    return LCMScheduler(
+        **{key: teacher.config[key] for key in kept},
+        original_inference_steps=len(TIMES),
+        prediction_type="v_prediction",
+        steps_offset=1,  # no effect, but StableDiffusionPipeline warns of any other value
     )
 
 

@@ -34,9 +34,10 @@ def make_scheduler() -> Any:
     Not ``FlowMatchEulerDiscreteScheduler``: it lacks ``init_noise_sigma``, which StableDiffusionPipeline
     needs.
     """
-    # steps_offset does nothing here, but StableDiffusionPipeline warns of any other value.
     return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        steps_offset=1,  # no effect, but StableDiffusionPipeline warns of any other value
     )
 
 

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from diffalign.errors import UserError
+from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.load import make_scheduler
-from diffalign.playground import ASSETS, load, load_scorer, model_path
+from diffalign.playground import ASSETS, few_step, load, load_scorer, model_path
 from diffalign.playground.captions import change_one_word, draw_captions
 from diffalign.playground.pairs import Candidates, draw_candidates
+from diffalign.playground.sd import to_pixels
 from diffalign.playground.verifier import accuracy
 from diffalign.playground.world import render, scene
 from diffalign.rewards import load_reward, score_images
@@ -29,19 +31,54 @@ def test_they_are_small_and_hold_no_pickles():
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".md", ".png", ".txt"}
 
 
-def test_the_folder_is_an_ordinary_pipeline():
-    pipe = StableDiffusionPipeline.from_pretrained(model_path("sd"))
+@pytest.mark.parametrize("name", ["sd", "flow", "few-step"])
+def test_the_folder_is_an_ordinary_pipeline(name):
+    pipe = StableDiffusionPipeline.from_pretrained(model_path(name))
     assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     assert pipe.unet.config.in_channels == 4
+    assert type(pipe.scheduler).__module__.startswith("diffusers.")  # needs nothing of ours
 
 
-def test_the_base_model_is_good_but_not_perfect(pipe):
-    stated = json.loads((model_path("sd") / "facts.json").read_text())["true"]
-    assert 0.55 <= stated <= 0.75
-    captions = draw_captions(77, 80, held_out=True)
-    drawn = generate(pipe, captions, range(80), steps=20, guidance=4.0, batch_size=40)
-    # Four standard errors of 80 captions around the stated accuracy.
-    assert abs(accuracy(captions, drawn.images)["true"] - stated) < 4 * (stated * (1 - stated) / 80) ** 0.5
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "lowest"),
+    [("sd", 20, 4.0, 0.55), ("flow", 20, 4.0, 0.5), ("few-step", 4, 1.0, 0.4)],
+)
+def test_a_model_is_as_good_as_stated_and_not_perfect(name, steps, guidance, lowest):
+    stated = json.loads((model_path(name) / "facts.json").read_text())["true"]
+    assert lowest <= stated <= 0.75
+    captions = draw_captions(77, 60, held_out=True)
+    drawn = generate(load(name), captions, range(60), steps=steps, guidance=guidance, batch_size=30)
+    # Four standard errors of 60 captions around the stated accuracy.
+    assert abs(accuracy(captions, drawn.images)["true"] - stated) < 4 * (stated * (1 - stated) / 60) ** 0.5
+
+
+def test_the_flow_model_is_a_flow_to_the_family_adapter():
+    adapter = load_adapter(model_path("flow"))
+    assert adapter.schedule.is_flow
+    scenes = [scene(321, i) for i in range(32)]
+    x0 = adapter.encode_images(to_pixels(np.stack([render(s) for s in scenes])))["latents"]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = adapter.denoise(
+            (x0 + noise) / 2, torch.full((32,), 500.0), adapter.encode_prompts([s.caption for s in scenes])
+        )
+    error = (v - (noise - x0)).square().mean()
+    assert error < 0.1  # of a variance of 2
+
+
+def test_our_solvers_take_the_flow_model():
+    captions = draw_captions(78, 24, held_out=True)
+    pipe = load("flow")
+    ours = make_scheduler("dpm-solver++", pipe.scheduler.config)
+    drawn = generate(pipe, captions, range(24), steps=12, scheduler=ours, batch_size=24)
+    assert accuracy(captions, drawn.images)["true"] > 0.3
+
+
+@pytest.mark.parametrize(("steps", "times"), [(1, [999]), (2, [999, 499]), (4, list(few_step.TIMES))])
+def test_the_few_step_model_is_asked_at_the_times_it_was_taught(steps, times):
+    scheduler = LCMScheduler.from_pretrained(model_path("few-step"), subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == times
 
 
 def test_the_scorer_prefers_true_captions():
