@@ -23,6 +23,8 @@ MODEL_FILES = (
     "vocab.*",
     "merges.txt",
     "special_tokens_map.json",
+    "step_aware.*",  # of our own rewards
+    "heads.*",
 )
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from diffalign.errors import UserError
 from diffalign.output import write_json
@@ -152,6 +154,7 @@ class StepAware(ClipReward):
         self.final = Modulation(tower.width, tower.final_roles())
         for part in self._conditioning().values():
             part.requires_grad_(False)
+        self._recompute = False
 
     def score(
         self, images: Tensor, prompts: Sequence[str], timesteps: Tensor | float | None = None
@@ -162,37 +165,32 @@ class StepAware(ClipReward):
             timesteps: ``(B,)`` or one number, in the model's training steps (0 to 999); None is 0, a finished
                 image.
         """
-        self._check_input(images, prompts)
         if isinstance(timesteps, Tensor) and timesteps.shape not in ((), (len(images),)):
             raise UserError(
                 f"reward {self.name} takes one time per image, but got {tuple(timesteps.shape)} for "
                 f"{len(images)} images"
             )
-        if not len(images):
+        if timesteps is None or not len(images):
             return super().score(images, prompts)
-        seen = self.images(self.square(images), 0 if timesteps is None else timesteps)
-        return self._checked(self.clip.scale * (seen * self.texts(prompts)).sum(-1), prompts)
+        self._check_input(images, prompts)
+        return self._checked(self.rewards(images, prompts, timesteps), prompts)
 
-    def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.score(images, prompts)
+    def rewards(self, images: Tensor, prompts: Sequence[str], timesteps: Tensor | float = 0.0) -> Tensor:
+        seen = self.images(self.square(images), timesteps)
+        return self.clip.scale * (seen * self.texts(prompts)).sum(-1)
 
     def images(self, pixels: Tensor, timesteps: Tensor | float) -> Tensor:
         """``(B, D)`` float32 unit vectors of ``pixels (B, 3, size, size)`` in [0, 1] at `timesteps`."""
         t = torch.as_tensor(timesteps, device=pixels.device).expand(len(pixels))
         time = self.time(timestep_features(t).to(self.time.linear_1.weight.dtype))
         tower = _tower(self.clip)
+        run: Callable[..., Tensor] = tower.block
+        if self._recompute:
+            run = partial(recomputed, tower.block, use_reentrant=False)
         h = tower.start(self.clip.normalise(pixels))
         for block, modulation in zip(tower.blocks, self.blocks, strict=True):
-            assert isinstance(modulation, Modulation)
-            if self._recompute and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(
-                    tower.block, block, h, modulation, time, use_reentrant=False
-                )
-            else:
-                h = tower.block(block, h, modulation, time)
+            h = run(block, h, modulation, time)
         return unit(tower.end(h, self.final, time))
-
-    _recompute = False
 
     def enable_gradient_checkpointing(self) -> None:
         self._recompute = True

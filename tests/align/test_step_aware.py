@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffalign.data import PairDataset
 from diffalign.errors import UserError
 from diffalign.rewards import load_reward
+from diffalign.rewards.preference import soft_cross_entropy
 from diffalign.trainers.step_aware import StepAwareConfig, StepAwareTrainer
+from tests.align.test_distributed import processes
 
 
 def grey(level: int, seed: int) -> Image.Image:
@@ -103,12 +106,32 @@ def test_the_model_sees_the_guided_prediction_of_the_noisy_images(train):
     torch.testing.assert_close(run.predicted(batch), (x_t - sigma * eps) / alpha, rtol=1e-3, atol=1e-3)
 
 
+def test_two_processes_give_the_result_of_one(train, tmp_path, log):
+    options = {"validation_steps": 2, "validation_share": 0.25, "learning_rate": 1e-6}
+    one = train("one", train_batch_size=4, **options)
+    one.train()
+    processes(2, lambda rank: train("two", train_batch_size=2, **options).train(), tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for alone, shared in zip(log(one.folder), log(tmp_path / "two"), strict=True):
+        assert alone["loss"] == pytest.approx(shared["loss"], rel=1e-3)
+    assert alone["validation/rewards/accuracies"] == pytest.approx(shared["validation/rewards/accuracies"])
+
+
 def test_ties_pull_scores_together_and_prompts_count_alike(train):
     run = train(max_train_steps=1)
     run.train()
     assert run.data.weight.mean() == pytest.approx(1)
-    tied = [row for row in range(20) if run.data.preference[row] == 0.5]
-    assert len(tied) == 4
+    assert set(run.data.weight.tolist()) == {1.0}  # five pairs of each of four prompts
+    tied = torch.tensor([run.data.preference[row] == 0.5 for row in range(20)])
+    assert tied.sum() == 4
+    rows = list(range(20))
+    batch = run._assemble(run.data.batch(rows), [run._validation_draw(row, 0) for row in rows], rows)
+    run.reward.requires_grad_(True)
+    chosen, rejected = run._scores(batch, run.data.prompts)
+    losses = soft_cross_entropy(chosen, rejected, batch.preference)
+    slope = torch.autograd.grad(losses.sum(), (chosen, rejected))[0]
+    assert torch.equal(slope[tied] > 0, (chosen > rejected)[tied])  # the higher one is pulled down
+    assert (slope[~tied] < 0).all()  # the chosen one up, always
 
 
 def test_recomputing_activations_changes_nothing(train):
