@@ -144,6 +144,26 @@ def test_half_precision_predictions_are_subtracted_in_float32(dtype):
     torch.testing.assert_close(denoising_error(prediction, target).double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("error", [0.1, 0.3, 0.9])
+def test_the_logit_of_a_half_precision_model_is_that_of_exact_sums(dtype, error):
+    """At beta 5000, where sums in half precision would put it off by 0.07 to 3.6."""
+    torch.manual_seed(0)
+    target = torch.randn(16, 4, 64, 64)
+    policy = target + error**0.5 * torch.randn_like(target)
+    policy, reference = policy.to(dtype), (policy + 0.01 * torch.randn_like(target)).to(dtype)
+
+    def logit(mean):
+        ratio = -0.5 * (mean(policy) - mean(reference))
+        return 5000 * (ratio[:8] - ratio[8:]).double()
+
+    exact = logit(lambda p: (p.double() - target.double()).square().flatten(1).mean(1))
+    assert exact.abs().max() > 0.1
+    torch.testing.assert_close(logit(lambda p: denoising_error(p, target)), exact, rtol=0, atol=1e-3)
+    halves = logit(lambda p: (p - target.to(dtype)).square().flatten(1).mean(1))
+    assert (halves - exact).abs().max() > 0.05
+
+
 def test_noise_at_the_first_steps_survives_half_precision_latents():
     # A table cast to bf16 would make sigma 0 at t = 0 and 1.
     latents = torch.zeros(2, 1, 64, 64, dtype=torch.bfloat16)
