@@ -36,7 +36,8 @@ class CalibrateDCConfig:
 
     Searches one ratio per step so that the sampler meets the converged solution of the same model, prompts
     and noises; half of the noises are kept out of the search, and ratios that don't help there are dropped.
-    Writes scheduler/, which DCSolverScheduler.from_pretrained(output_dir, subfolder="scheduler") loads, and
+    Run again, an interrupted search goes on, and more steps or scales can be added. Writes
+    scheduler/, which DCSolverScheduler.from_pretrained(output_dir, subfolder="scheduler") loads, and
     calibration.json with the losses before and after.
 
     Attributes:
