@@ -366,30 +366,32 @@ def test_resuming_in_the_middle_of_a_round_is_bit_identical(spo, inner_steps):
     assert records(whole) == records(cut.folder)
 
 
-def test_two_processes_give_the_result_of_one(tmp_path, model_folder):
+def test_two_processes_give_the_result_of_one(tmp_path, model_folder, spo):
+    options = {"rewards": ["jpeg-incompressibility"], "train_batch_size": 6, "candidates": 2}
+    spo("one", dataset=PROMPTS, reward=None, **options).train()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    settings = {
+        "pretrained_model_name_or_path": model_folder,
+        "dataset_name": prompts,
+        "output_dir": tmp_path / "two",
+        "rewards": "[jpeg-incompressibility]",
+        "train_batch_size": 3,
+        "max_train_steps": 3,
+        "learning_rate": 1e-3,
+        "prompts_per_round": 4,
+        "sample_steps": STEPS,
+        "sample_guidance": 3.0,
+        "branch_from": 2,
+        "candidates": 2,
+        "threshold": 0,
+        "progress": "false",
+    }
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    for name, prefix, batch in (("one", [], 6), ("two", launcher, 3)):
-        settings = {
-            "pretrained_model_name_or_path": model_folder,
-            "dataset_name": prompts,
-            "output_dir": tmp_path / name,
-            "rewards": "[jpeg-incompressibility]",
-            "train_batch_size": batch,
-            "max_train_steps": 3,
-            "learning_rate": 1e-3,
-            "prompts_per_round": 4,
-            "sample_steps": STEPS,
-            "branch_from": 2,
-            "candidates": 2,
-            "threshold": 0,
-            "progress": "false",
-        }
-        run(*prefix, "-m", "diffalign", "train", "spo", *(f"--{k}={v}" for k, v in settings.items()))
+    run(*launcher, "-m", "diffalign", "train", "spo", *(f"--{k}={v}" for k, v in settings.items()))
     one, two = (records(tmp_path / name) for name in ("one", "two"))
     assert one[-1]["round"] > 1
     for mine, theirs in zip(one, two, strict=True):
