@@ -81,6 +81,7 @@ class Trainer(ABC, Generic[C]):
     """
 
     method: ClassVar[str]  # as on the command line
+    unit: ClassVar[str] = "pair"  # what the data are made of, for the model card
     shardable: ClassVar[bool] = False  # whether it runs with weights split over processes (FSDP2)
 
     def __init__(self, config: C, model: Any = None, dataset: Any = None) -> None:
@@ -177,6 +178,8 @@ class Trainer(ABC, Generic[C]):
             RunFailed: a loss that is not finite; the state before it is saved as a checkpoint.
         """
         config, accelerator = self.config, self.accelerator
+        if self._resume:
+            self._check_resume(self._resume)
         self.open_data()
         self.adapter = self._load_model()
         self.pipeline = self.adapter.pipeline
@@ -191,7 +194,6 @@ class Trainer(ABC, Generic[C]):
             torch.cuda.empty_cache()
         self.prepare()
         if self._resume:  # while the network is whole
-            self._check_resume(self._resume)
             self.weights.load(self._resume)
         self._prepare_optimisation()
         start = self._restore(self._resume) if self._resume else 0

@@ -3,7 +3,9 @@ encoding. They are copies of this process, which has all libraries loaded, and t
 
 import contextlib
 import os
+import signal
 import socket
+import time
 import traceback
 from pathlib import Path
 
@@ -54,13 +56,17 @@ def processes(count, work, folder):
                 said.flush()
         os._exit(code)
     failed = []
-    for _ in range(count):
-        child, status = os.wait()
-        if status:
-            failed.append((folder / f"rank{children[child]}.txt").read_text()[-2000:])
-            for other in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, 9)
+    while children:
+        for child in list(children):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done:
+                continue
+            rank = children.pop(child)
+            if status:  # the others would wait for it
+                failed.append((folder / f"rank{rank}.txt").read_text()[-2000:])
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
     assert not failed, failed[0]
 
 
