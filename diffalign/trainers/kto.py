@@ -72,6 +72,7 @@ class DiffusionKTOTrainer(DenoisingTrainer[DiffusionKTOConfig]):
     """``DiffusionKTOTrainer(config, model=pipeline_or_path, dataset=images_or_path).train()``."""
 
     method = "diffusion-kto"
+    unit = "image"
 
     @property
     def beta(self) -> float:  # type: ignore[override]

@@ -73,6 +73,7 @@ class SelfPlayTrainer(PairTrainer[S]):
         examples: the good images: those without a label or with one above 1/2; of pairs, the chosen ones.
     """
 
+    unit = "image"
     noises: ClassVar[int] = 2
 
     @abstractmethod

@@ -145,6 +145,7 @@ def test_a_resumed_run_ends_with_the_same_weights(kto):
     cut.train()
     for p, q in zip(whole.weights.trainable, cut.weights.trainable, strict=True):
         assert torch.equal(p, q)
+    assert "`diffalign train diffusion-kto` on 32 images" in (whole.folder / "README.md").read_text()
 
 
 def test_images_without_a_verdict_are_left_out_and_one_kind_alone_is_refused(kto, tmp_path, singles, pairs):
