@@ -29,7 +29,8 @@ MODEL_FILES = (
 
 
 def local(path: str | Path, *, reward: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """A file or folder on this machine: `path` itself, or a copy of the hub's `files` if it is an id.
+    """A file or folder on this machine: `path` itself, a model of the playground, or a copy of the hub's
+    `files` if it is an id.
 
     Nothing is downloaded for a path that exists, and only `files` for ``owner/name``.
 
@@ -44,6 +45,10 @@ def local(path: str | Path, *, reward: str, files: Sequence[str] = MODEL_FILES) 
     if folder.exists():
         return folder
     text = str(path)
+    if text.startswith("playground/"):
+        from diffalign.playground import model_path
+
+        return model_path(text)
     if len(folder.parts) != 2 or text.startswith(("/", ".", "~")):
         raise UserError(
             f"reward {reward}: nothing is at {text}; give a folder, a file or a hub id such as owner/name"

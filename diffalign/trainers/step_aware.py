@@ -141,15 +141,10 @@ class StepAwareTrainer(PairTrainer[StepAwareConfig]):
                 part.requires_grad_(False).eval()
         if half := HALF[config.mixed_precision]:
             self.adapter.module.to(half)
-        source = config.reward_model
-        if source == "playground/scorer":
-            from diffalign.playground import model_path
-
-            source = str(model_path("scorer"))
         # New weights come from the seed, and the caller's generator is left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.reward = step_aware.load(source).to(device)
+            self.reward = step_aware.load(config.reward_model).to(device)
         if config.gradient_checkpointing:
             self.reward.enable_gradient_checkpointing()
         self._network: nn.Module = Judge(self.reward)

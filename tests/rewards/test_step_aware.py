@@ -162,7 +162,7 @@ def test_what_it_cannot_stand_on_is_refused(open_clip_folder, clip_folder):
 def test_on_the_playground_it_starts_as_the_scorer():
     scenes = [scene(6, i) for i in range(8)]
     images, captions = [render(s) for s in scenes], [s.caption for s in scenes]
-    scorer, aware = load_reward("playground/scorer"), load_reward("step-aware", model_path("scorer"))
+    scorer, aware = load_reward("playground/scorer"), load_reward("step-aware", "playground/scorer")
     assert np.allclose(
         score_images(scorer, images, captions), score_images(aware, images, captions), atol=1e-5
     )
