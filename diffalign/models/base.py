@@ -149,13 +149,13 @@ class ModelAdapter(ABC):
         shift, scale = self._latent_units(mean)
         return {"latents": (mean - shift) * scale}
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels ``(B, 3, H, W)`` in [-1, 1] of ``latents``; no gradient."""
+    def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` in [-1, 1] of ``latents``; without a gradient unless it is asked for."""
         vae = self.pipeline.vae
         latents = latents.to(vae.device, vae.dtype)
         shift, scale = self._latent_units(latents)
-        return vae.decode(latents / scale + shift).sample
+        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+            return vae.decode(latents / scale + shift).sample
 
     def _latent_units(self, like: Tensor) -> tuple[Any, Any]:
         """(shift, scale) from the autoencoder's latents to the denoiser's."""
@@ -262,7 +262,9 @@ def load_adapter(
         pipeline = _load(str(model), revision=revision, variant=variant, **components)
     else:
         pipeline = model
-    module, _, name = FAMILIES[_known(type(pipeline).__name__, str(model))].partition(":")
+    names = [cls.__name__ for cls in type(pipeline).__mro__]  # of a family's class made from it, too
+    family = next((name for name in names if name in FAMILIES), names[0])
+    module, _, name = FAMILIES[_known(family, str(model))].partition(":")
     return getattr(importlib.import_module(module), name)(pipeline)
 
 
