@@ -22,6 +22,7 @@ from diffalign.pipelines.steering import Drawing, frozen
 from diffalign.pipelines.zo_rank import line_search_points, rank_direction, ranked_by, zo_rank_sgd
 from diffalign.solvers import SOLVERS, NoiseSchedule
 from diffalign.solvers.prediction import PREDICTIONS, convert
+from diffalign.vote.ranker import ranked_by_person
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "losses_online"
 
@@ -235,6 +236,26 @@ def test_without_success_the_image_stays(pipe):
     )
     assert shown == [(6, "a", 3), (6, "a", 1)] * 2
     assert torch.equal(out.noise, Drawing(pipe, "a", None, steps=1, guidance=1.0).noise)
+
+
+def test_a_person_ranks_on_the_voting_page(tmp_path, monkeypatch):
+    picks = iter([[2, 0], None])
+
+    def serve(ballot, **_):  # the person clicks on images 2 and 0, wherever the page shows them
+        (number,) = ballot.coming
+        shown = [int(path.stem) for path in ballot.tasks[number].images]
+        chosen = next(picks)
+        ballot.cast(number, None if chosen is None else [shown.index(image) for image in chosen])
+
+    monkeypatch.setattr("diffalign.vote.server.serve", serve)
+    rank = ranked_by_person(tmp_path, annotator="anna")
+    images = torch.rand(4, 3, 8, 8)
+    assert rank(images, "a red dot", 3) == [2, 0]
+    assert (tmp_path / "round-0000" / "votes.jsonl").exists()
+    with pytest.raises(UserError, match="were not ranked"):
+        rank(images, "a red dot", 3)
+    with pytest.raises(UserError, match="9 images at most"):
+        rank(torch.rand(10, 3, 8, 8), "a red dot", 3)
 
 
 def test_bad_rankings_and_options_are_refused(pipe):
