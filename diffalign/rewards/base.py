@@ -111,7 +111,7 @@ class Reward(nn.Module, ABC):
 @torch.no_grad()
 def score_images(
     reward: Reward,
-    images: Sequence[np.ndarray | Image.Image],
+    images: Sequence[np.ndarray | Image.Image] | np.ndarray,
     prompts: Sequence[str],
     *,
     batch_size: int = 32,
