@@ -25,8 +25,8 @@ from diffalign.solvers.plan import working_dtype
 from diffalign.solvers.scheduler import Array, PlanScheduler
 
 #: ``predict(x, t, alpha, sigma, rows) -> x0``: the belief of the clean image at x (rows, ...), whose noises
-#: are numbers ``rows`` of the problem; t, alpha and sigma are 0-d float64 tensors. Differentiable in x, and in
-#: the times as far as the network is.
+#: are numbers ``rows`` of the problem; t, alpha and sigma are 0-d float64 tensors. Differentiable in x, and
+#: in the times as far as the network is.
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, slice], Tensor]
 
 CAP = 0.2  # errors count up to this when fits are compared: a basin of attraction that flips is a lottery
