@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.models.base import load_adapter
+from diffalign.models.flux import FluxAdapter
 from diffalign.pipelines.rollout import guidance_for
 from diffalign.solvers.adjoint import differentiable_sample
 
@@ -64,7 +66,7 @@ class Drawing:
         noise: (N, C, h, w) float32 on the network's device.
 
     Raises:
-        UserError: no prompts, another number of seeds, or a pipeline of an unknown family.
+        UserError: no prompts, another number of seeds, or a pipeline of videos or of an unknown family.
     """
 
     def __init__(
@@ -81,6 +83,13 @@ class Drawing:
         if steps < 1:
             raise UserError(f"num_inference_steps must be at least 1, but is {steps}")
         self.adapter = load_adapter(pipe)
+        if self.adapter.video:
+            raise UserError(f"steering draws images, but {type(pipe).__name__} makes videos")
+        if pipe.scheduler.config.get("use_dynamic_shifting"):
+            raise UserError(
+                "this model's times depend on the size of the image; give pipe a scheduler made by "
+                "from_config(pipe.scheduler.config, use_dynamic_shifting=False, shift=...)"
+            )
         self.prompts = [prompts] * len(seeds or [0]) if isinstance(prompts, str) else list(prompts)
         self.seeds = list(range(len(self.prompts))) if seeds is None else [int(seed) for seed in seeds]
         if not self.prompts or len(self.seeds) != len(self.prompts):
@@ -90,7 +99,10 @@ class Drawing:
             )
         self.guidance = guidance_for(self.adapter, self.prompts, max(guidance, 1.0))
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.steps, self.checkpoints, self.adjust = steps, checkpoints, adjust
+        self.checkpoints, self.adjust = checkpoints, adjust
+        self.grid: dict[str, Any] = {"num_inference_steps": steps}
+        if isinstance(self.adapter, FluxAdapter):  # whose pipeline has a grid of its own
+            self.grid = {"sigmas": np.linspace(1, 1 / steps, steps).tolist()}
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         shape = self.adapter.latent_shape()
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -114,8 +126,8 @@ class Drawing:
             noise,
             self.scheduler,
             checkpoints=self.checkpoints,
-            num_inference_steps=self.steps,
             generator=generators,
+            **self.grid,
         )
         return self.decode(latents)
 

@@ -40,6 +40,7 @@ def differentiable_sample(
     checkpoints: int | None = None,
     num_inference_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
     mu: float | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
@@ -55,6 +56,7 @@ def differentiable_sample(
             network calls, so that each call is made twice. With k the memory no longer depends on n, and the
             calls are at most ``(r + 1) n + 1``, r the least number with ``binomial(k + r, r) >= n`` (Griewank
             & Walther 2000). A state is the sample and what the scheduler remembers.
+        sigmas: custom noise levels, as in ``set_timesteps``.
         model_fn, noise, scheduler, num_inference_steps, timesteps, mu, generator: as there; `scheduler` may
             be of diffusers as well. `model_fn` must do the same when it is called again.
 
@@ -66,7 +68,7 @@ def differentiable_sample(
     """
     if checkpoints is not None and checkpoints < 1:
         raise UserError(f"checkpoints must be at least 1 (the noise itself), but is {checkpoints}")
-    how = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "mu": mu}
+    how = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu}
     scheduler.set_timesteps(device=noise.device, **{k: v for k, v in how.items() if v is not None})
     count = len(scheduler.timesteps)
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
@@ -79,7 +81,9 @@ def differentiable_sample(
         # Copies, since schedulers write into their buffers; a tensor with a gradient is never written into.
         vars(own).update(tree_map_only(Tensor, lambda t: t if t.requires_grad else t.clone(), memory))
         t = own.timesteps[e]
-        output = model_fn(own.scale_model_input(x, t), t)
+        # Diffusers' flow schedulers have neither this nor a scale of the noise.
+        scale = getattr(own, "scale_model_input", lambda x, t: x)
+        output = model_fn(scale(x, t), t)
         given = {}
         if takes_generator:
             again = _replayed(generators, drawn, e)
@@ -99,7 +103,7 @@ def differentiable_sample(
             first, spare = middle, max(spare - 1, 0)
         return step(first, state) if first < last else state
 
-    start = (noise * scheduler.init_noise_sigma, dict(vars(scheduler)))
+    start = (noise * getattr(scheduler, "init_noise_sigma", 1.0), dict(vars(scheduler)))
     if not torch.is_grad_enabled():
         for e in range(count):
             start = step(e, start)

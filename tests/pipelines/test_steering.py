@@ -1,5 +1,6 @@
 """Steering at inference: published numbers, seeds, searches that find what they look for, loading."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,36 @@ def test_a_drawing_is_what_the_pipeline_draws(pipe, steps, guidance):
     torch.testing.assert_close(images, plain(pipe, prompts, seeds, steps, guidance), rtol=1e-4, atol=1e-4)
     again = drawing.images(drawing.noise[1:], [1], batch_size=2)
     torch.testing.assert_close(again, images[1:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def families():
+    spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "align/families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_every_family_draws_as_its_pipeline_and_has_a_gradient(families, family):
+    pipe = families.build(family)
+    pipe.set_progress_bar_config(disable=True)
+    drawing = Drawing(pipe, ["a", "b"], [3, 4], steps=2, guidance=1.0)
+    noise = drawing.noise.requires_grad_()
+    images = drawing(noise, [0, 1])
+    torch.testing.assert_close(images.detach(), plain(pipe, ["a", "b"], [3, 4], 2), rtol=1e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(images[0].sum(), noise)
+    assert gradient[0].norm() > 0
+    assert gradient[1].norm() == 0
+
+
+def test_models_without_a_way_are_refused(families):
+    with pytest.raises(UserError, match="WanPipeline makes videos"):
+        best_of_n(families.build("wan"), "a", redness)
+    pipe = families.build("flux")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)
+    with pytest.raises(UserError, match="use_dynamic_shifting=False"):
+        best_of_n(pipe, "a", redness)
 
 
 def test_weights_are_frozen_only_meanwhile(pipe):
