@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from diffalign.solvers.adjoint import continuous_sample, differentiable_sample
     from diffalign.solvers.calibrated import CalibratedScheduler
     from diffalign.solvers.dc_solver import DCSolverScheduler
     from diffalign.solvers.ddim import DDIMScheduler
@@ -44,6 +45,8 @@ _OTHERS = {
     "NoiseSchedule": "noise",
     "PlanScheduler": "scheduler",
     "Statistics": "statistics",
+    "continuous_sample": "adjoint",
+    "differentiable_sample": "adjoint",
     "integrate": "integration",
     "sample": "sampling",
 }
@@ -107,6 +110,8 @@ __all__ = [
     "Statistics",
     "TimeShiftScheduler",
     "UniPCScheduler",
+    "continuous_sample",
+    "differentiable_sample",
     "integrate",
     "sample",
 ]
