@@ -175,5 +175,5 @@ def test_bad_input_is_refused(folder, tmp_path, capsys, args, part):
 
 
 def test_models_other_than_the_playgrounds_need_prompts(folder, tmp_path, capsys):
-    assert calibrate(folder, tmp_path / "out") == 2
+    assert calibrate(folder, tmp_path / "out", "--num_inference_steps", "4") == 2
     assert "no prompts" in capsys.readouterr().err

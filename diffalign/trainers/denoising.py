@@ -361,6 +361,7 @@ class DenoisingTrainer(Trainer[D]):
             "weights": self.weights.reference_identity(),
             "encoders": self.adapter.identity(),
             "size": list(self.size),
+            "sides": self.data.sides,  # pairs and single images may share their content
             "draws": [self.noises, self.times],
             **{name: getattr(config, name) for name in names},
         }

@@ -286,7 +286,7 @@ def test_two_hundred_steps_overfit_sixteen_pairs(trainer, log):
     assert sum(wins[-20:]) / 20 > 0.95
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"prior"}))  # which holds the rejected images
 def test_every_loss_overfits_sixteen_pairs(name):
     """The same through the likelihood and the loss alone, with a perceptron as the denoiser."""
     torch.manual_seed(0)
