@@ -63,20 +63,15 @@ def run(config: RolloutConfig) -> Path:
     from diffalign.data import trajectories
     from diffalign.data.prompts import read_prompts
     from diffalign.models import load_adapter
+    from diffalign.pipelines.guidance import guidance_for
     from diffalign.pipelines.load import load_pipeline
-    from diffalign.pipelines.rollout import (
-        decoded,
-        guidance_for,
-        rollout,
-        sampler_settings,
-        transition_for,
-    )
+    from diffalign.pipelines.rollout import decoded, rollout, sampler_settings, transition_for
     from diffalign.trainers import draws
 
     prompts = read_prompts(config.dataset_name, limit=config.max_prompts)
     pipe = load_pipeline(config.model, device=config.device, dtype=config.dtype, lora=config.lora)
     adapter = load_adapter(pipe)
-    transition = transition_for(adapter, config)
+    transition = transition_for(adapter, config, resolution=config.resolution)
     done = trajectories.start(folder, sampler_settings(config, config.resolution, transition))
     images = config.images_per_prompt
     for number, prompt in enumerate(tqdm(prompts, desc="prompts", unit="prompt")):

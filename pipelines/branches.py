@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffalign.likelihood import Transition
 from diffalign.models.base import ModelAdapter
-from diffalign.pipelines.rollout import Guidance, RowNoise
+from diffalign.pipelines.guidance import Guidance
+from diffalign.pipelines.rollout import RowNoise
 
 #: Predicted clean latents (M, ...), for each its row, and the time of the prediction (0: they are finished)
 #: -> scores (M, R)

@@ -3,7 +3,7 @@ from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.likelihood import LAWS, Transition, guided
+from diffalign.likelihood import LAWS, Transition
 from diffalign.models.base import EmptyCaption, ModelAdapter
+from diffalign.pipelines.guidance import Guidance, dynamic_shift
 from diffalign.solvers.ddim import DDIMScheduler
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -71,88 +72,29 @@ class SamplerConfig:
             raise UserError(f"{name} must be {allowed}, but is {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What a batch of images is conditioned on, and how strongly: a property of the policy.
-
-    Attributes:
-        cond: conditions of each prompt, ``(P, ...)``, on the network's device.
-        uncond: of no caption, ``(1, ...)``; None without guidance.
-        scale: classifier-free guidance; 1 is none.
-    """
-
-    cond: Mapping[str, Tensor]
-    uncond: Mapping[str, Tensor] | None
-    scale: float
-
-    def predict(
-        self,
-        adapter: ModelAdapter,
-        x: Tensor,
-        t: Tensor,
-        prompts: Sequence[int],
-        *,
-        reference: bool = False,
-        detach_uncond: bool = False,
-    ) -> Tensor:
-        """The guided prediction at ``x (rows, ...)``, each row under ``cond[prompts[row]]``."""
-        device = x.device
-        index = torch.as_tensor(list(prompts)).to(device)
-        cond = {name: values.to(device)[index] for name, values in self.cond.items()}
-        uncond = None
-        if self.uncond is not None:
-            uncond = {k: v.to(device).expand(len(x), *v.shape[1:]) for k, v in self.uncond.items()}
-        return guided(
-            adapter.denoise, x, t, cond, uncond, self.scale, reference=reference, detach_uncond=detach_uncond
-        )
-
-
-def guidance_for(
-    adapter: ModelAdapter,
-    prompts: Sequence[str],
-    scale: float,
-    *,
-    resolution: int | None = None,
-    empty_caption: EmptyCaption = "as_pipeline",
-    batch_size: int = 32,
-) -> Guidance:
-    """Encode ``prompts``; an image is taken as uncropped and of the given size, by default the model's."""
-    side = torch.tensor([resolution or adapter.default_resolution] * 2)
-
-    def told(rows: int) -> dict[str, Tensor]:
-        size = side.expand(rows, 2)
-        return adapter.size_conditions(size, torch.zeros_like(size), size)
-
-    chunks = [adapter.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    cond = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]} | told(len(prompts))
-    uncond = None if scale == 1.0 else adapter.empty_caption(empty_caption) | told(1)
-    return Guidance(cond, uncond, scale)
-
-
-def sampling_times(adapter: ModelAdapter, steps: int, spacing: str | None = None) -> NDArray[np.float64]:
+def sampling_times(
+    adapter: ModelAdapter, steps: int, spacing: str | None = None, *, resolution: int | None = None
+) -> NDArray[np.float64]:
     """``(steps + 1,)``: where the network is asked, as the pipeline's own scheduler config spaces it, and the
     clean end.
 
     Args:
         spacing: ``leading``, ``trailing`` or ``linspace`` instead of the config's.
+        resolution: side of the images in pixels, on which the times of some flow models depend.
 
     Raises:
-        UserError: more steps than the model has, or a grid that depends on the size of the image.
+        UserError: more steps than the model has, or a size that it cannot draw.
     """
-    config = dict(adapter.pipeline.scheduler.config)
-    if config.get("use_dynamic_shifting"):
-        raise UserError(
-            "this model's sampling times depend on the size of the image (use_dynamic_shifting): "
-            "give them as sample_timesteps"
-        )
     changes = {"timestep_spacing": spacing} if spacing else {}
-    scheduler = DDIMScheduler.from_config(config, grid="diffusers", **changes)
-    scheduler.set_timesteps(steps)
+    scheduler = DDIMScheduler.from_config(adapter.pipeline.scheduler.config, grid="diffusers", **changes)
+    scheduler.set_timesteps(steps, mu=dynamic_shift(adapter, resolution=resolution))
     return np.append(scheduler.timesteps.numpy().astype(np.float64), adapter.schedule.t_clean)
 
 
-def transition_for(adapter: ModelAdapter, config: SamplerConfig) -> Transition:
-    """The steps of the sampler that ``config`` describes, for this model.
+def transition_for(
+    adapter: ModelAdapter, config: SamplerConfig, *, resolution: int | None = None
+) -> Transition:
+    """The steps of the sampler that ``config`` describes, for this model and size of image.
 
     Raises:
         UserError: times that don't fall, a transition that does not fit the model.
@@ -160,7 +102,7 @@ def transition_for(adapter: ModelAdapter, config: SamplerConfig) -> Transition:
     times = (
         np.array([*config.sample_timesteps, adapter.schedule.t_clean])
         if config.sample_timesteps
-        else sampling_times(adapter, config.sample_steps, config.sample_spacing)
+        else sampling_times(adapter, config.sample_steps, config.sample_spacing, resolution=resolution)
     )
     if config.sample_end is not None:
         times = np.append(times[:-1], config.sample_end)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.models.base import load_adapter
 from diffalign.models.flux import FluxAdapter
-from diffalign.pipelines.rollout import guidance_for
+from diffalign.pipelines.guidance import dynamic_shift, guidance_for
 from diffalign.solvers.adjoint import differentiable_sample
 
 #: Images (B, 3, H, W) in [0, 1] and their prompts -> rewards (B,), higher is better: ``reward.score``.
@@ -85,11 +85,6 @@ class Drawing:
         self.adapter = load_adapter(pipe)
         if self.adapter.video:
             raise UserError(f"steering draws images, but {type(pipe).__name__} makes videos")
-        if pipe.scheduler.config.get("use_dynamic_shifting"):
-            raise UserError(
-                "this model's times depend on the size of the image; give pipe a scheduler made by "
-                "from_config(pipe.scheduler.config, use_dynamic_shifting=False, shift=...)"
-            )
         self.prompts = [prompts] * len(seeds or [0]) if isinstance(prompts, str) else list(prompts)
         self.seeds = list(range(len(self.prompts))) if seeds is None else [int(seed) for seed in seeds]
         if not self.prompts or len(self.seeds) != len(self.prompts):
@@ -103,6 +98,7 @@ class Drawing:
         self.grid: dict[str, Any] = {"num_inference_steps": steps}
         if isinstance(self.adapter, FluxAdapter):  # whose pipeline has a grid of its own
             self.grid = {"sigmas": np.linspace(1, 1 / steps, steps).tolist()}
+        self.grid["mu"] = dynamic_shift(self.adapter)
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         shape = self.adapter.latent_shape()
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -238,13 +238,16 @@ def step_scales(schedule: NoiseSchedule, times: Array) -> tuple[Array, Array]:
     return ratio, alpha[1:] - ratio * alpha[:-1]
 
 
-def trace(scheduler: PlanScheduler, count: int) -> tuple[Array, Array]:
+def trace(scheduler: PlanScheduler, count: int, *, mu: float | None = None) -> tuple[Array, Array]:
     """Times (n + 1,) and weights (n, n) of the table that a multistep scheduler amounts to.
+
+    Args:
+        mu: shift of a flow model's grid, as in ``set_timesteps``.
 
     Raises:
         UserError: its steps are of another form (singlestep, noise form, stochastic).
     """
-    scheduler.set_timesteps(count)
+    scheduler.set_timesteps(count, mu=mu)
     times = np.append(scheduler.plan.times, scheduler._times[-1])  # type: ignore[index]
     _, scale_m = step_scales(scheduler.schedule, times)
     weights = scheduler.plan.table() / scale_m[:, None]

@@ -405,6 +405,7 @@ def calibrate(
     *,
     trajectories: Sequence[float] = (0.1, 0.5),
     fits: int = 2,
+    mu: float | None = None,
     progress: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> Calibration:
@@ -412,8 +413,9 @@ def calibrate(
 
     Args:
         starts: solvers to start from and to compare with, by name; those that are no tables are left out.
-        trajectories: fits are made with each of these weights of the states on the way,
+        trajectories: fits are made with each of these weights of the states on the way.
         fits: from so many of the best solvers.
+        mu: shift of a flow model's grid, for the solvers.
         options: of :func:`fit`.
 
     Raises:
@@ -423,7 +425,7 @@ def calibrate(
     baselines = {}
     for name, scheduler in starts.items():
         try:
-            times, weights = trace(scheduler, count)
+            times, weights = trace(scheduler, count, mu=mu)
             table = Table(times[:-1], weights, {"start": name})
         except UserError:
             continue

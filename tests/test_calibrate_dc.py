@@ -159,7 +159,7 @@ def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
         (["--num_inference_steps", "5", "5"], "different numbers"),
         (["--guidance_scale", "1", "2"], "give at least 3 of --guidance_scale"),
         (["--guidance_scale", "0.5"], "--guidance_scale must be 1 or more"),
-        (["--resolution", "21"], "--resolution must be a multiple of"),
+        (["--resolution", "21"], "the resolution must be a multiple of"),
         (["--samples", "1"], "--samples must be at least 2"),
         (["--reference_steps", "9"], "is no yardstick for 5 steps"),
         (["--solver_order", "9"], "solver_order must be 1, 2, 3 or 4"),

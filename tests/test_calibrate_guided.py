@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.calibrate.guided import (
-    dynamic_shift,
-    guided_model,
-    guided_network,
-    latent_side,
-    starting_noise,
-)
+from diffalign.calibrate.guided import guided_model, guided_network, starting_noise
 from diffalign.errors import UserError
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
+from diffalign.pipelines.guidance import dynamic_shift
 from diffalign.solvers import DPMSolverPPScheduler, sample
 from tests.align import families
 
@@ -64,7 +59,7 @@ def test_distilled_guidance_is_told_and_costs_nothing():
 def test_sizes_that_the_model_cannot_draw(family, unit):
     adapter = load_adapter(getattr(families, family)())
     unit = unit // 8 * adapter.pipeline.vae_scale_factor
-    assert latent_side(adapter, 4 * unit) == 4 * unit // adapter.pipeline.vae_scale_factor
+    assert adapter.latent_shape(4 * unit)[1:] == (4 * unit // adapter.pipeline.vae_scale_factor,) * 2
     for side in (4 * unit + 1, 4 * unit + unit // 2, 0, -unit):
-        with pytest.raises(UserError, match=f"--resolution must be a multiple of {unit} "):
-            latent_side(adapter, side)
+        with pytest.raises(UserError, match=f"resolution must be a multiple of {unit} "):
+            adapter.latent_shape(side)

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from diffalign import cli
 from diffalign.bench.networks import tiny_pipeline
 from diffalign.calibrate.plan import CalibratePlanConfig, problem_of
+from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.solvers import CalibratedScheduler
 from diffalign.solvers.fitting import solve
@@ -89,7 +90,7 @@ def test_the_problem_is_the_pipelines_own(folder):
     config = CalibratePlanConfig(
         model=folder, samples=4, guidance_scale=3.0, resolution=16, prompts=["a", "b"]
     )
-    problem = problem_of(pipe, ["a", "b"], config)
+    problem = problem_of(load_adapter(pipe), ["a", "b"], config)
     truth = solve(problem, 30)
     from diffalign.pipelines.load import make_scheduler
 

@@ -190,8 +190,9 @@ def search(
     """
     from tqdm.auto import tqdm
 
-    from diffalign.calibrate.guided import dynamic_shift, guided_model, guided_network, starting_noise
+    from diffalign.calibrate.guided import guided_model, guided_network, starting_noise
     from diffalign.models import load_adapter
+    from diffalign.pipelines.guidance import dynamic_shift
     from diffalign.solvers.dc_search import search_dc_ratios
 
     adapter = load_adapter(pipe)

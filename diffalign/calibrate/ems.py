@@ -195,7 +195,8 @@ def _samples(adapter: ModelAdapter, network: GuidedNetwork, config: CalibrateEMS
     import torch
     from tqdm.auto import tqdm
 
-    from diffalign.calibrate.guided import dynamic_shift, guided_model, starting_noise
+    from diffalign.calibrate.guided import guided_model, starting_noise
+    from diffalign.pipelines.guidance import dynamic_shift
     from diffalign.pipelines.load import make_scheduler
     from diffalign.solvers import sample
 

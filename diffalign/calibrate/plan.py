@@ -14,6 +14,7 @@ from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
 if TYPE_CHECKING:
+    from diffalign.models import ModelAdapter
     from diffalign.solvers.calibrated import Table, Tables
     from diffalign.solvers.fitting import Calibration, Problem
     from diffalign.solvers.scheduler import PlanScheduler
@@ -113,6 +114,7 @@ def run(config: CalibratePlanConfig) -> Path:
     from diffalign.pipelines.load import load_pipeline
     from diffalign.report import versions
     from diffalign.solvers.calibrated import CalibratedScheduler, Tables
+    from diffalign.solvers.noise import NoiseSchedule
 
     pipe = load_pipeline(
         config.model,
@@ -121,12 +123,13 @@ def run(config: CalibratePlanConfig) -> Path:
         revision=config.revision,
         variant=config.variant,
     )
+    source = pipe.scheduler.config
     info = {"guidance_scale": config.guidance_scale, "model": config.model}
 
     def scheduler_with(tables: Mapping[int, Table]) -> Any:
-        plain = CalibratedScheduler.from_config(pipe.scheduler.config, tables=None)
-        content = Tables(dict(tables), plain.schedule.fingerprint(), "zero", info)
-        return CalibratedScheduler.from_config(pipe.scheduler.config, tables=content)
+        content = Tables(dict(tables), NoiseSchedule.from_config(source).fingerprint(), "zero", info)
+        # The tables hold the shift of the size that they were fitted at.
+        return CalibratedScheduler.from_config(source, tables=content, use_dynamic_shifting=False)
 
     def keep(tables: Mapping[int, Table]) -> None:
         scheduler_with(tables).save_pretrained(out / "scheduler")
@@ -157,13 +160,17 @@ def fitted(
     """
     from tqdm.auto import tqdm
 
+    from diffalign.models import load_adapter
+    from diffalign.pipelines.guidance import dynamic_shift
     from diffalign.solvers.fitting import calibrate, solve
 
     tables = dict(earlier)
     missing = [n for n in config.num_inference_steps if n not in tables]
     if not missing:
         return tables
-    problem = problem_of(pipe, prompts, config)
+    adapter = load_adapter(pipe)
+    mu = dynamic_shift(adapter, resolution=config.resolution)
+    problem = problem_of(adapter, prompts, config)
     with tqdm(desc="converged solution", total=config.reference_steps, unit="step", leave=False) as bar:
         truth = solve(problem, config.reference_steps, bar.update)
     for place, n in enumerate(missing, 1):
@@ -178,6 +185,7 @@ def fitted(
                 trajectories=config.trajectory,
                 iterations=config.iterations,
                 recompute=config.recompute,
+                mu=mu,
                 progress=bar.update,
             )
         _say(result)
@@ -186,16 +194,14 @@ def fitted(
     return tables
 
 
-def problem_of(pipe: Any, prompts: list[str], config: CalibratePlanConfig) -> Problem:
-    """The pipeline's network, its prompts and noises, as something to fit a sampler to."""
+def problem_of(adapter: ModelAdapter, prompts: list[str], config: CalibratePlanConfig) -> Problem:
+    """The model's network, its prompts and noises, as something to fit a sampler to."""
     import torch
 
     from diffalign.calibrate.guided import guided_network, starting_noise
-    from diffalign.models import load_adapter
     from diffalign.solvers.fitting import Problem
     from diffalign.solvers.prediction import coefficients
 
-    adapter = load_adapter(pipe)
     adapter.module.requires_grad_(False)
     network = guided_network(
         adapter,

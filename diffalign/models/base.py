@@ -62,6 +62,7 @@ class ModelAdapter(ABC):
     denoiser_name: ClassVar[str]  # the attribute of the pipeline, which is also the folder of its weights
     lora_targets: ClassVar[tuple[str, ...]]
     encoder_names: ClassVar[tuple[str, ...]]  # needed for encoding only, may leave the device afterwards
+    distilled_guidance: ClassVar[bool] = False  # told its guidance as a condition, ``guidance (rows,)``
     video: ClassVar[bool] = False  # whether what it makes has a time axis: (rows, C, frames, H, W)
 
     def __init__(self, pipeline: Any) -> None:
@@ -180,9 +181,22 @@ class ModelAdapter(ABC):
         size = self.module.config.get("sample_size") or self.pipeline.default_sample_size
         return size * self.pipeline.vae_scale_factor
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]:
-        """``(C, h, w)`` of the latent of a square image of that side, by default the model's own."""
-        side = (resolution or self.default_resolution) // self.pipeline.vae_scale_factor
+    @property
+    def patch_size(self) -> int:
+        """How many latents a side one token of the network is; 1 for convolutions."""
+        return 1 if self.denoiser_name == "unet" else getattr(self.pipeline, "patch_size", 2)
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """``(C, h, w)`` of the latent of a square image of that side, by default the model's own.
+
+        Raises:
+            UserError: a size that the model cannot draw.
+        """
+        unit = self.pipeline.vae_scale_factor * self.patch_size
+        side = self.default_resolution if resolution is None else resolution
+        if side < unit or side % unit:
+            raise UserError(f"the resolution must be a multiple of {unit} for this model, not {side}")
+        side //= self.pipeline.vae_scale_factor
         return (self.pipeline.vae.config.latent_channels, side, side)
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

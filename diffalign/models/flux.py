@@ -12,19 +12,17 @@ from diffalign.models.base import JOINT_ATTENTION, ModelAdapter
 
 
 class FluxAdapter(ModelAdapter):
-    """A ``FluxPipeline``. Conditions: ``prompt_embeds (rows, tokens, width)``, ``pooled``.
+    """A ``FluxPipeline``. Conditions: ``prompt_embeds (rows, tokens, width)``, ``pooled``, and, unless it is
+    1, ``guidance (rows,)``: what a guidance-distilled network is told; 1 leaves its own distribution.
 
     Latents are ordinary ``(rows, C, h, w)`` here, with even h and w; patches of 2 x 2 are packed at the
     network's door.
-
-    Attributes:
-        guidance_scale: what a guidance-distilled network is told in training; 1 leaves its own distribution.
     """
 
     denoiser_name = "transformer"
     lora_targets = JOINT_ATTENTION
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
-    guidance_scale = 1.0
+    distilled_guidance = True
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         dtype, pipe = self.dtype, self.pipeline
@@ -32,7 +30,7 @@ class FluxAdapter(ModelAdapter):
         embeds = cond["prompt_embeds"].to(dtype)
         guidance = None
         if self.module.config.guidance_embeds:
-            guidance = torch.full((rows,), self.guidance_scale, dtype=dtype, device=x_t.device)
+            guidance = cond.get("guidance", torch.ones(rows, device=x_t.device)).to(dtype)
         packed = network(
             hidden_states=pipe._pack_latents(x_t.to(dtype), rows, channels, height, width),
             timestep=t.to(dtype) / self.schedule.num_train_timesteps,

@@ -349,7 +349,10 @@ def save_half(pipe: Any, output: Path) -> None:
     pipe.unet.to(memory_format=torch.contiguous_format)
     pipe.vae.to(memory_format=torch.contiguous_format)
     pipe.to(dtype=torch.float16).save_pretrained(output)
-    # transformers would take fp16 from here while diffusers loads fp32: without a word of dtype, all is fp32.
-    config = output / "text_encoder" / "config.json"
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
+    for config in output.glob("*/config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)  # where a part came from on the machine that built it
+        if config.parent.name == "text_encoder":
+            # transformers would take fp16 from here while diffusers loads fp32.
+            values["dtype"] = "float32"
+        config.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""From rewards to preferences, and the losses that reward models learn preferences with. Nothing is reduced.
+"""The losses that reward models learn preferences with. Nothing is reduced.
 
 Scores are tensors of any float type; which of two images is better is a probability, a tie 0.5.
 """
@@ -12,27 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pareto(first: Tensor, second: Tensor) -> Tensor:
-    """Who wins when several rewards judge: better or equal in all of them, and better in one (D3PO).
-
-    Args:
-        first, second: ``(B, K)`` scores of both images by K rewards.
-
-    Returns:
-        ``(B, 2)``: (1, -1), (-1, 1), or (0, 0) where they are equal or each is better in something.
-    """
-    wins = ((first >= second).all(-1) & (first > second).any(-1)).to(first.dtype)
-    losses = ((second >= first).all(-1) & (second > first).any(-1)).to(first.dtype)
-    return torch.stack([wins - losses, losses - wins], -1)
-
-
-def equal_goes_to_second(first: Tensor, second: Tensor) -> Tensor:
-    """As :func:`pareto` for one reward, ``(B, 1)``, but a tie is a win for the second image: published
-    behaviour of online PSO, for parity only."""
-    sign = torch.where(first[:, 0] > second[:, 0], 1.0, -1.0).to(first.dtype)
-    return torch.stack([sign, -sign], -1)
-
-
 def soft_cross_entropy(first: Tensor, second: Tensor, label: Tensor) -> Tensor:
     """Loss ``(B,)`` of two scores under the probability `label` that the first image is the better one.
 
@@ -41,12 +20,6 @@ def soft_cross_entropy(first: Tensor, second: Tensor, label: Tensor) -> Tensor:
     """
     loss = -label * F.logsigmoid(first - second) - (1 - label) * F.logsigmoid(second - first)
     return loss - (label == 0.5).to(loss) * math.log(2)
-
-
-def prompt_weights(examples: Tensor) -> Tensor:
-    """Weights ``(B,)`` that sum to 1, ``(1/n_i) / sum(1/n)``: a prompt with many pairs counts no more than
-    others. `examples` is how many pairs the prompt of each row has."""
-    return (1 / examples) / (1 / examples).sum()
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0) -> Tensor:

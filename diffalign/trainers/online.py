@@ -28,14 +28,8 @@ from tqdm import tqdm
 from diffalign.data.prompts import read_prompts
 from diffalign.errors import UserError
 from diffalign.likelihood import Gaussian
-from diffalign.pipelines.rollout import (
-    Guidance,
-    SamplerConfig,
-    decoded,
-    guidance_for,
-    rollout,
-    transition_for,
-)
+from diffalign.pipelines.guidance import Guidance, guidance_for
+from diffalign.pipelines.rollout import SamplerConfig, decoded, rollout, transition_for
 from diffalign.rewards import Reward, RewardSpec, load_rewards
 from diffalign.trainers import draws
 from diffalign.trainers.base import Trainer
@@ -191,7 +185,7 @@ class OnlineTrainer(Trainer[O]):
         if self.needs_reference:
             self.weights.use_as_reference()
         config, adapter = self.config, self.adapter
-        self.transition = transition_for(adapter, config)
+        self.transition = transition_for(adapter, config, resolution=config.resolution)
         kept = self.transition.stochastic
         self.steps = kept[kept < max(1, round(config.trained_steps * len(self.transition)))]
         if self.needs_density and not len(self.steps):

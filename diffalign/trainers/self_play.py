@@ -28,7 +28,8 @@ from diffalign.data.shards import ShardStore
 from diffalign.data.walk import content_key
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors
-from diffalign.pipelines.rollout import Guidance, RowNoise
+from diffalign.pipelines.guidance import Guidance
+from diffalign.pipelines.rollout import RowNoise
 from diffalign.solvers import DPMSolverPPScheduler, sample
 from diffalign.trainers import checkpoint, draws
 from diffalign.trainers.pairs import PairConfig, PairTrainer

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.pipelines.guidance import dynamic_shift, guidance_for
+from diffalign.pipelines.rollout import RowNoise
 from diffalign.report import save_png, tile
 from diffalign.solvers import sample
 from diffalign.trainers import draws
@@ -60,14 +62,9 @@ class Pictures:
         self, adapter: ModelAdapter, prompts: Sequence[str], *, guidance_scale: float, steps: int, seed: int
     ) -> None:
         self.adapter, self.prompts = adapter, list(prompts)
-        self.guidance_scale, self.steps, self.seed = guidance_scale, steps, seed
-        self._cond = adapter.encode_prompts(self.prompts)
-        self._empty = adapter.empty_caption()
-        side = adapter.default_resolution
-        blank = torch.zeros(1, 3, side, side)
-        self._shape = adapter.encode_images(blank)["latents"].shape[1:]
-        size = torch.tensor([[side, side]])
-        self._sizes = adapter.size_conditions(size, torch.zeros_like(size), size)
+        self.steps, self.seed = steps, seed
+        self._guidance = guidance_for(adapter, self.prompts, guidance_scale)
+        self._mu = dynamic_shift(adapter)
 
     @torch.no_grad()
     def draw(self) -> list[Any]:
@@ -78,12 +75,13 @@ class Pictures:
         device, images = adapter.device, []
         adapter.pipeline.vae.to(device)
         for number in range(len(self.prompts)):
-            generator = torch.Generator().manual_seed(draws.number(self.seed, "picture", number))
-            noise = torch.randn((1, *self._shape), generator=generator).to(device)
-            cond = {name: values[number : number + 1] for name, values in self._cond.items()}
-            latents = sample(
-                self._network(cond, device), noise, self._scheduler(), num_inference_steps=self.steps
-            )
+            seed = draws.number(self.seed, "picture", number)
+            noise = RowNoise([seed], adapter.latent_shape(), device).draw()
+
+            def network(x: Tensor, t: Tensor, number: int = number) -> Tensor:
+                return self._guidance.predict(adapter, x, t.to(x.device).expand(1), [number])
+
+            latents = sample(network, noise, self._scheduler(), num_inference_steps=self.steps, mu=self._mu)
             pixels = adapter.decode(latents)
             images += VaeImageProcessor().postprocess(pixels.float().cpu(), output_type="pil")
         adapter.pipeline.vae.to("cpu")
@@ -93,21 +91,6 @@ class Pictures:
         from diffalign.solvers import DPMSolverPPScheduler
 
         return DPMSolverPPScheduler.from_config(self.adapter.pipeline.scheduler.config)
-
-    def _network(self, cond: dict[str, Tensor], device: torch.device) -> Any:
-        rows = [self._empty, cond] if self.guidance_scale != 1.0 else [cond]
-        joined = {name: torch.cat([row[name].to(device) for row in rows]) for name in cond}
-        joined |= {name: v.to(device).expand(len(rows), -1) for name, v in self._sizes.items()}
-
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            times = t.to(device).expand(len(rows))
-            out = self.adapter.denoise(x.expand(len(rows), *x.shape[1:]), times, joined).float()
-            if len(rows) == 1:
-                return out
-            free, guided = out.chunk(2)
-            return free + self.guidance_scale * (guided - free)
-
-        return network
 
 
 def save_pictures(images: Sequence[Any], path: Path) -> None:

@@ -34,10 +34,12 @@ def gradient_close(actual, wanted, dtype):
 ONLINE = GOLDENS.parent / "losses_online"
 
 
-def load_online(file: str, case: str) -> dict[str, torch.Tensor]:
-    """The arrays of one case of tests/goldens/losses_online as tensors, by ``input/x`` and ``output/x``."""
+def load_online(file: str, case: str, *, short: bool = False) -> dict[str, torch.Tensor]:
+    """The arrays of one case of tests/goldens/losses_online as tensors, by ``input/x`` and ``output/x``, or
+    by ``x`` alone."""
     start = case.replace("/", "__") + "__"
     with np.load(ONLINE / f"{file}.npz") as arrays:
         names = [name for name in arrays.files if name.startswith(start)]
         assert names, case
-        return {name.removeprefix(start).replace("__", "/"): torch.tensor(arrays[name]) for name in names}
+        found = {name.removeprefix(start): torch.tensor(arrays[name]) for name in names}
+    return {k.split("__")[-1] if short else k.replace("__", "/"): v for k, v in found.items()}

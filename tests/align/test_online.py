@@ -19,7 +19,8 @@ from diffalign.errors import UserError
 from diffalign.likelihood import Transition
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
-from diffalign.pipelines.rollout import RowNoise, decoded, guidance_for, rollout, sampling_times
+from diffalign.pipelines.guidance import guidance_for
+from diffalign.pipelines.rollout import RowNoise, decoded, rollout, sampling_times
 from diffalign.rollout import RolloutConfig
 from diffalign.rollout import run as run_rollout
 from diffalign.solvers import DDIMScheduler
@@ -27,8 +28,9 @@ from diffalign.trainers.d3po import D3POConfig, D3POTrainer
 from diffalign.trainers.ddpo import DDPOConfig, DDPOTrainer
 from diffalign.trainers.groups import advantages, all_pairs, best_and_worst, dominates, random_reward
 from diffalign.trainers.online import ROUND, Members
+from tests.align import families
+from tests.align.goldens import load_online as load
 from tests.align.test_resume import LORA, records, run
-from tests.align.test_trajectory import load
 
 PROMPTS = [f"picture {i}" for i in range(8)]
 METHODS = {"d3po": (D3POConfig, D3POTrainer), "ddpo": (DDPOConfig, DDPOTrainer)}
@@ -133,6 +135,27 @@ def test_replaying_the_sampling_policy_gives_log_ratio_zero(model_folder, dtype,
         again = transition(raw, x, int(step))
         kept = type(again)(means[:, step], again.std)
         assert again.log_ratio(kept, states[:, step + 1]).abs().max() <= largest
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_times_that_depend_on_the_size_are_the_pipelines(family):
+    pipe = families.build(family)
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 30.0}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **shift)
+    adapter = load_adapter(pipe)
+    times = sampling_times(adapter, 3)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, grid="diffusers")
+    side = adapter.default_resolution
+    generate(pipe, ["a"], [0], steps=3, guidance=1.0, scheduler=scheduler, height=side, width=side)
+    np.testing.assert_allclose(times[:-1], scheduler.timesteps.numpy(), rtol=1e-5)
+    assert times[0] > times[1] > times[2] > times[3] == 0.0
+
+
+def test_distilled_guidance_is_told_and_not_run_twice():
+    adapter = load_adapter(families.build("flux"))
+    told = guidance_for(adapter, ["a", "b"], 3.5)
+    assert told.uncond is None
+    assert told.cond["guidance"].tolist() == [3.5, 3.5]
 
 
 def test_a_row_does_not_depend_on_its_batch(adapter):

@@ -7,7 +7,7 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.likelihood import denoising_error
 from diffalign.trainers.pso import FOUR_STEPS, PSOConfig, PSOOfflineConfig, PSOOfflineTrainer, PSOTrainer
-from tests.align.test_trajectory import load
+from tests.align.goldens import load_online as load
 
 
 @pytest.mark.parametrize("name", ["pso", "pso_db"])

@@ -15,14 +15,16 @@ from diffalign.errors import UserError
 from diffalign.likelihood import Transition
 from diffalign.models import load_adapter
 from diffalign.pipelines.branches import Branches, branched_rollout
-from diffalign.pipelines.rollout import guidance_for, rollout, sampling_times
+from diffalign.pipelines.guidance import guidance_for
+from diffalign.pipelines.rollout import rollout, sampling_times
 from diffalign.rewards.base import Reward
 from diffalign.rewards.ensemble import Ensemble, Member
 from diffalign.trainers.d3po import PairItemTrainer
 from diffalign.trainers.online import Item, Members
 from diffalign.trainers.spo import SPOConfig, SPOTrainer, best_and_worst
+from tests.align.goldens import load_online as load
 from tests.align.test_resume import LORA, records, run
-from tests.align.test_trajectory import levels, load
+from tests.align.test_trajectory import levels
 
 PROMPTS = [f"picture {i}" for i in range(8)]
 STEPS = 6

@@ -1,7 +1,5 @@
 """The trajectory view against published values, against autograd, and as probability theory."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,24 +11,13 @@ from diffalign.errors import UserError
 from diffalign.likelihood import Gaussian, Transition, guided
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.prediction import PREDICTIONS
+from tests.align.goldens import load_online as load
 
-GOLDENS = Path(__file__).parent.parent / "goldens" / "losses_online"
 SD = NoiseSchedule.from_config(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 )
 FLOW = NoiseSchedule.flow(1000)
 TWENTY = np.array([*range(951, 0, -50), -1.0])
-
-
-def load(file, case):
-    """The arrays of a case: ``input/x`` and ``output/x``."""
-    prefix = case.replace("/", "__") + "__"
-    with np.load(GOLDENS / f"{file}.npz") as arrays:
-        found = {
-            k.removeprefix(prefix).replace("__", "/"): arrays[k] for k in arrays.files if k.startswith(prefix)
-        }
-    assert found, case
-    return {k: torch.as_tensor(v) if v.dtype.kind in "fi" else v for k, v in found.items()}
 
 
 def check_step(transition, case, output, *, tolerance):

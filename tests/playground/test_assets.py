@@ -31,6 +31,11 @@ def test_they_are_small_and_hold_no_pickles():
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".md", ".png", ".txt"}
 
 
+def test_they_name_no_place_of_the_machine_that_built_them():
+    for file in [*ASSETS.rglob("*config.json"), *ASSETS.rglob("model_index.json")]:
+        assert "_name_or_path" not in json.loads(file.read_text()), file
+
+
 @pytest.mark.parametrize("name", ["sd", "flow", "few-step"])
 def test_the_folder_is_an_ordinary_pipeline(name):
     pipe = StableDiffusionPipeline.from_pretrained(model_path(name))

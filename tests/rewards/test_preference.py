@@ -1,8 +1,5 @@
-"""From rewards to preferences and the losses of reward models: published numbers, and what must hold."""
+"""The losses of reward models: published numbers, and what must hold."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,51 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffalign.rewards import preference
-
-GOLDENS = Path(__file__).parent.parent / "goldens" / "losses_online"
-
-
-def golden(file: str, case: str) -> dict[str, torch.Tensor]:
-    """The arrays of a case by their last name."""
-    with np.load(GOLDENS / f"{file}.npz") as arrays:
-        prefix = f"{case}__"
-        found = {k.split("__")[-1]: torch.tensor(arrays[k]) for k in arrays.files if k.startswith(prefix)}
-    assert found, case
-    return found
-
-
-def test_pareto_is_the_published_one():
-    case = golden("preference", "pareto_compare")
-    assert torch.equal(preference.pareto(case["rewards_0"], case["rewards_1"]), case["prefer"])
-
-
-def test_the_published_tie_goes_to_the_second():
-    case = golden("preference", "pso_single_reward_compare")
-    assert torch.equal(preference.equal_goes_to_second(case["rewards_0"], case["rewards_1"]), case["prefer"])
-    one = preference.pareto(case["rewards_0"], case["rewards_1"])
-    assert torch.equal(one[1:], case["prefer"][1:])  # the same where nothing is equal
-    assert one[0].tolist() == [0, 0]
-
-
-SCORES = st.lists(st.integers(-2, 2), min_size=3, max_size=3).map(lambda x: torch.tensor([x]).float())
-
-
-@settings(deadline=None)
-@given(SCORES, SCORES)
-def test_pareto_is_antisymmetric_and_needs_no_loss(first, second):
-    signs = preference.pareto(first, second)
-    assert torch.equal(signs, preference.pareto(second, first).flip(-1))
-    assert signs.sum() == 0
-    won = bool((first >= second).all() and (first != second).any())
-    assert (signs[0, 0] == 1) == won
+from tests.align.goldens import load_online
 
 
 def test_step_aware_loss_is_the_published_one():
-    case = golden("spm", "spm_loss")
+    case = load_online("spm", "spm_loss", short=True)
     images = [case[f"image_{i}"].requires_grad_() for i in (0, 1)]
     scores = [20.0 * (case["text"] * image).sum(-1) for image in images]
-    weights = preference.prompt_weights(case["examples_per_prompt"])
-    loss = (weights * preference.soft_cross_entropy(*scores, case["label_0"])).sum()
+    weights = 1 / case["examples_per_prompt"]  # a prompt with many pairs counts no more than others
+    loss = (weights / weights.sum() * preference.soft_cross_entropy(*scores, case["label_0"])).sum()
     torch.testing.assert_close(loss, case["loss"], rtol=1e-4, atol=1e-6)
     for image, gradient in zip(
         torch.autograd.grad(loss, images), ("grad_image_0", "grad_image_1"), strict=True
@@ -76,14 +37,9 @@ def test_soft_cross_entropy_is_the_two_way_one_and_free_for_a_perfect_tie():
     assert float(preference.soft_cross_entropy(torch.tensor([300.0]), torch.zeros(1), torch.zeros(1))) == 300
 
 
-def test_prompt_weights_count_every_prompt_alike():
-    weights = preference.prompt_weights(torch.tensor([1.0, 3.0, 3.0, 3.0]))
-    assert weights.tolist() == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
-
-
 @pytest.mark.parametrize("kind", ["bt", "margin", "constant_margin", "scaled", "btt"])
 def test_head_losses_are_the_published_ones(kind):
-    case = golden("video_reward", f"videoreward_loss__{kind}")
+    case = load_online("video_reward", f"videoreward_loss/{kind}", short=True)
     chosen, rejected = (case[name].requires_grad_() for name in ("chosen", "rejected"))
     decided, valid = case["nontied"], case["valid"]
     if kind == "btt":
