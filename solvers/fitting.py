@@ -386,7 +386,7 @@ class Calibration:
 
     Attributes:
         chosen: the table to use.
-        baselines: name of each known solver -> its errors on the held-out noises, best first.
+        baselines: name of each known solver -> it as a table, and what it does, best first.
         improved: whether ``chosen`` is a fit; else it is the best known solver that is a table.
         warnings: sentences.
     """

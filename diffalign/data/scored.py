@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffalign.data.columns import resolve, resolve_images
-from diffalign.data.examples import BadRow
 from diffalign.data.pairs import check_limits
 from diffalign.data.rows import Cells, ImageRow, Place, is_number, pair_roles, property_role, texts
 from diffalign.data.tables import Table, open_table
-from diffalign.data.unpaired import ImageDataset, opened
+from diffalign.data.unpaired import ImageDataset, opened, sorted_out
 from diffalign.errors import UserError
 
 
@@ -46,15 +45,7 @@ def open_scored(
             f"scored images need the columns {', '.join(needed)} (found: {', '.join(table.columns)}): "
             f"score {table.name} with 'diffalign data score', or name them with columns"
         )
-    rows: list[ImageRow] = []
-    skipped: dict[tuple[int, str], BadRow] = {}
-    for row, reason in _rows(table, roles, places):
-        if reason:
-            skipped[row.key] = BadRow(row.number, row.id, reason)
-        elif len(rows) == limit:
-            break
-        else:
-            rows.append(row)
+    rows, skipped = sorted_out(_rows(table, roles, places), limit)
     return opened(table, roles, rows, skipped, 0, max_bad, scan)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,15 +140,7 @@ def open_images(
         return _apart(pairs_of(table, columns=columns, max_bad=1.0, scan=0), limit, min_side, max_bad, scan)
     if drop_nsfw and "nsfw" not in roles:
         raise UserError(f"drop_nsfw needs a column nsfw, which {table.name} lacks; name it with columns")
-    rows: list[ImageRow] = []
-    skipped: dict[tuple[int, str], BadRow] = {}
-    for row, reason in image_rows(table, roles, drop_nsfw):
-        if reason:
-            skipped[row.key] = BadRow(row.number, row.id, reason)
-        elif len(rows) == limit:
-            break
-        else:
-            rows.append(row)
+    rows, skipped = sorted_out(image_rows(table, roles, drop_nsfw), limit)
     return opened(table, roles, rows, skipped, min_side, max_bad, scan)
 
 
@@ -160,6 +152,22 @@ def _apart(pairs: PairDataset, limit: int | None, min_side: int, max_bad: float,
         for place, side, label in zip(pairs._places(row), ("chosen", "rejected"), (1.0, 0.0), strict=True)
     ]
     return opened(pairs._table, pairs._columns, rows[:limit], pairs._skipped, min_side, max_bad, scan)
+
+
+def sorted_out(
+    found: Iterable[tuple[ImageRow, str]], limit: int | None
+) -> tuple[list[ImageRow], dict[tuple[int, str], BadRow]]:
+    """The first `limit` rows without a reason against them, and the bad ones before those."""
+    rows: list[ImageRow] = []
+    skipped: dict[tuple[int, str], BadRow] = {}
+    for row, reason in found:
+        if reason:
+            skipped[row.key] = BadRow(row.number, row.id, reason)
+        elif len(rows) == limit:
+            break
+        else:
+            rows.append(row)
+    return rows, skipped
 
 
 def opened(
