@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffalign.solvers.pndm import PNDMScheduler
     from diffalign.solvers.sampling import sample
     from diffalign.solvers.scheduler import PlanScheduler
+    from diffalign.solvers.shifted import ShiftedScheduler
     from diffalign.solvers.statistics import Statistics
     from diffalign.solvers.time_shift import TimeShiftScheduler
     from diffalign.solvers.unipc import UniPCScheduler
@@ -44,6 +45,7 @@ _OTHERS = {
     "GaussianMixture": "mixture",
     "NoiseSchedule": "noise",
     "PlanScheduler": "scheduler",
+    "ShiftedScheduler": "shifted",
     "Statistics": "statistics",
     "continuous_sample": "adjoint",
     "differentiable_sample": "adjoint",
@@ -107,6 +109,7 @@ __all__ = [
     "NoiseSchedule",
     "PNDMScheduler",
     "PlanScheduler",
+    "ShiftedScheduler",
     "Statistics",
     "TimeShiftScheduler",
     "UniPCScheduler",

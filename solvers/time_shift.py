@@ -1,4 +1,7 @@
-"""Time-shift sampling (Li et al. 2024): the network is told the noise level that the sample seems to have."""
+"""Time-shift sampling (Li et al. 2024): the network is told the noise level that the sample seems to have.
+
+For diffusers' own schedulers: :mod:`diffalign.solvers.shifted`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.solvers import SOLVERS
+from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.options import check_choice, check_number, scheduler_options
 from diffalign.solvers.plan import Instruction, Plan, compile_plan, working_dtype
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
@@ -101,25 +105,10 @@ class TimeShiftScheduler(PlanScheduler):
         shared = set(inspect.signature(cls).parameters) & set(config)
         options = {name: config[name] for name in shared} | dict(config.solver_options or {})
         self.base: PlanScheduler = cls(**options)
-        self._shifting = config.window > 0
-        if self._shifting:
-            self._check_information()
+        unneeded = config.data_variance is None and config.mode != "corrected"
+        self._shifting = config.window > 0 and (unneeded or tells_time(self.schedule, config.data_variance))
         self._choices: dict[int, _Choice] = {}
         self._shifted: dict[int, Tensor] = {}
-
-    def _check_information(self) -> None:
-        variance = self.config.data_variance
-        if variance is None and self.config.mode == "corrected":
-            logger.warning(
-                "time shift is off: it needs data_variance (diffalign.solvers.time_shift measures it)"
-            )
-            self._shifting = False
-        elif variance is not None and not self.schedule.is_flow and abs(1 - variance) < _NO_INFORMATION:
-            logger.warning(
-                "time shift is off: data of variance %.3g have nearly that variance at every noise level",
-                variance,
-            )
-            self._shifting = False
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -197,16 +186,9 @@ class TimeShiftScheduler(PlanScheduler):
             return [self._origin + e for e in range(1, len(rows))]
         return [self._origin + e for e in range(1, len(rows)) if min(rows[e].x) == e]
 
-    def _window(self, centre: float, low: float, high: float) -> Array:
-        """Candidate times: whole steps around `centre`, strictly between the two others."""
-        half = self.config.window // 2
-        times = centre + np.arange(-half, half + 1)
-        return times[(times > low) & (times < high)]
-
     def _levels_at(self, times: Array) -> Array:
-        alpha, sigma = self.schedule.alpha_sigma(times)
         v0 = self.config.data_variance if self.config.mode == "corrected" else 0.0
-        return alpha**2 * v0 + sigma**2
+        return variance_at(self.schedule, times, v0)
 
     def _sources(self, e: int) -> _Choice | None:
         """Times at which evaluation `e` may be done, and for one-step solvers the updates from them."""
@@ -218,10 +200,10 @@ class TimeShiftScheduler(PlanScheduler):
             set(row.x) | set(row.m) | set(row.z) <= {k} for k, row in enumerate(self._planned.rows)
         )
         low = max(self.schedule.t_min, float(end)) if one_step else self.schedule.t_min
-        times = self._window(float(time), low, self.schedule.t_max + 1e-9)
+        times = window_around(float(time), self.config.window, low, self.schedule.t_max + 1e-9)
         levels = self._levels_at(times)
-        if len(times) < 2 or len(set(np.sign(np.diff(levels)))) > 1:
-            return None  # nothing to choose, or two times with one variance (flow models near the end)
+        if not distinct(levels):
+            return None
         updates = {}
         if one_step:
             rows = [self.base._plan(np.array([t, end])).rows[0] for t in times]
@@ -241,7 +223,7 @@ class TimeShiftScheduler(PlanScheduler):
         time, end = float(self._times[e]), float(self._times[e + size])
         if end <= self.config.cutoff:
             return None
-        ends = self._window(end, -1.0, time)
+        ends = window_around(end, self.config.window, -1.0, time)
         stages = [self._stages(size, time, float(t)) for t in ends]
         plans = []
         for t, stage in zip(ends, stages, strict=True):
@@ -360,6 +342,38 @@ class _Choice:
 def data_variance(samples: Tensor) -> float:
     """v0: the mean over clean samples (B, ...) of the variance over each one's coordinates."""
     return float(samples.detach().double().flatten(1).var(1).mean())
+
+
+def tells_time(schedule: NoiseSchedule, variance: float | None) -> bool:
+    """Whether the variance of a sample tells its noise level, given that of clean data; else a warning."""
+    if variance is None:
+        logger.warning("time shift is off: it needs data_variance (diffalign.solvers.time_shift measures it)")
+        return False
+    if not schedule.is_flow and abs(1 - variance) < _NO_INFORMATION:
+        logger.warning(
+            "time shift is off: data of variance %.3g have nearly that variance at every noise level",
+            variance,
+        )
+        return False
+    return True
+
+
+def window_around(centre: float, width: float, low: float, high: float) -> Array:
+    """Candidate times: whole steps around `centre`, strictly between `low` and `high`."""
+    half = width // 2
+    times = centre + np.arange(-half, half + 1)
+    return times[(times > low) & (times < high)]
+
+
+def variance_at(schedule: NoiseSchedule, times: Array, v0: float) -> Array:
+    """``alpha^2 v0 + sigma^2``, what the variance of a sample should be at `times`."""
+    alpha, sigma = schedule.alpha_sigma(times)
+    return alpha**2 * v0 + sigma**2
+
+
+def distinct(levels: Array) -> bool:
+    """Whether there is a choice, and no two times have one variance (as in flow models near the end)."""
+    return len(levels) > 1 and len(set(np.sign(np.diff(levels)))) == 1
 
 
 def _own_options(solver: str) -> list[str]:
