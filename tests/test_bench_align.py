@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from diffalign.bench import align, align_report
-from diffalign.bench.align import METHODS, AlignConfig, Judged, table, verdict
+from diffalign.bench.align import METHODS, AlignConfig, table, verdict
+from diffalign.bench.align_judge import Judged, diversity
 from diffalign.cli import main
 from diffalign.errors import UserError
 
@@ -40,8 +42,12 @@ def test_a_contest_end_to_end_goes_on_with_another_method(tmp_path, monkeypatch,
     assert trained == ["diffusion-kto"]  # sft and the pairs were there
     found = json.loads((folder / "align.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["base", "sft", "diffusion-kto"]
-    assert found["rows"][1]["step_cost"] == 1
+    assert found["rows"][0]["diversity"] > 0
+    pairs = json.loads((folder / "seed-0" / "pairs" / "cost.json").read_text())
+    assert pairs["evaluations"] == 8 * 2 * 2 * 2  # captions, images, steps, both branches of guidance
     for row in found["rows"][1:]:
+        assert row["drift"] > 0
+        assert row["steps"] == 2
         assert 0 <= row["implicit"]["value"] <= 1
         assert len(row["by_seed"]) == 1
     with (folder / "align.csv").open() as file:
@@ -55,8 +61,34 @@ def test_a_contest_end_to_end_goes_on_with_another_method(tmp_path, monkeypatch,
     assert "other settings" in capsys.readouterr().err
 
 
+def test_equal_evaluations_buy_each_method_its_own_number_of_steps(tmp_path, capsys):
+    folder = tmp_path / "contest"
+    more = ("--methods", "sft", "d3po", "--equal", "evaluations", "--budget")
+    small = {"prompts_per_round": 4, "images_per_prompt": 2, "train_batch_size": 2}
+    options = ("--options", json.dumps({"d3po": small | {"gradient_accumulation_steps": 1}}))
+    assert main(words(folder, *more, "20", *options)) == 2
+    assert "more than --budget 20" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert main(words(folder, *more, "260", *options)) == 0
+    sft, d3po = json.loads((folder / "align.json").read_text())["rows"][1:]
+    log = [json.loads(line) for line in (folder / "seed-0" / "d3po" / "log.jsonl").read_text().splitlines()]
+    assert d3po["evaluations"] == sum(record["evaluations"] for record in log)  # it samples its own
+    assert sft["evaluations"] - 64 == 3 * 2 * sft["steps"]
+    assert sft["steps"] == (260 - 64) // 6
+    assert d3po["steps"] > 2
+    for row in (sft, d3po):
+        assert 0.6 < row["evaluations"] / 260 < 1.4  # whole steps, and whole rounds
+
+
+def test_diversity_is_the_distance_between_images_of_one_caption():
+    images = np.zeros((2, 2, 4, 4, 3), np.uint8)
+    images[0, 1] = 10  # the two of the first caption are 10 apart, those of the second alike
+    assert diversity(images) == pytest.approx(5.0)
+
+
 def judged(true, score=None, **facts):
-    known = {"implicit": [1.0, 0.0, 1.0], "step_seconds": 1.0, "seconds": 9.0, "alarms": []}
+    known = {"implicit": [1.0, 0.0, 1.0], "alarms": [], "diversity": 20.0, "drift": 0.1}
+    known |= {"steps": 5, "evaluations": 100, "seconds": 9.0}
     true = np.array(true, bool)
     return Judged(true, np.zeros(len(true)) if score is None else np.array(score), known | facts)
 
@@ -70,8 +102,8 @@ def test_gains_are_paired_with_the_base_and_with_sft():
             (1, "base"): judged([0, 0, 0, 1]),
             (0, "sft"): judged([1, 1, 0, 0]),
             (1, "sft"): judged([0, 0, 0, 1]),
-            (0, "ddo"): judged([1, 1, 1, 0], step_seconds=3.0),
-            (1, "ddo"): judged([1, 0, 1, 1], alarms=["saturated"], step_seconds=3.0),
+            (0, "ddo"): judged([1, 1, 1, 0], diversity=10.0),
+            (1, "ddo"): judged([1, 0, 1, 1], alarms=["saturated"], diversity=20.0),
         },
     )
     base, sft, ddo = rows
@@ -80,7 +112,7 @@ def test_gains_are_paired_with_the_base_and_with_sft():
     assert ddo["gain"]["value"] == 4 / 8
     assert ddo["against_sft"]["value"] == 3 / 8
     assert ddo["by_seed"] == [0.5, 0.5]
-    assert (sft["against_sft"], sft["verdict"], ddo["step_cost"]) == (None, "-", 3.0)
+    assert (sft["against_sft"], sft["verdict"], ddo["diversity"]) == (None, "-", 0.75)
     assert ddo["alarms"] == ["saturated"]
     difference = np.array([0, 0, 1, 0, 1, 0, 1, 0])
     half = 1.959964 * difference.std(ddof=1) / 8**0.5
@@ -127,6 +159,8 @@ def test_every_row_is_a_trainer_whose_options_are_accepted(name):
         ({"methods": ["seppp"]}, "unknown method 'seppp'; did you mean 'seppo'"),
         ({"options": {"dpo": {}}}, "unknown method 'dpo'"),
         ({"seeds": []}, "--seeds is empty"),
+        ({"equal": "seconds"}, "--budget is the number"),
+        ({"budget": 100.0}, "--budget is the number"),
         ({"held_out": 0.0}, "--held_out must be between 0 and 1"),
         ({"pair_images": 1}, "--pair_images must be at least 2"),
     ],

@@ -1,7 +1,8 @@
-"""``diffalign bench align``: every alignment method on the playground, with the same pairs and steps.
+"""``diffalign bench align``: every alignment method on the playground, for the same price.
 
 Per seed: the base model's own samples are labelled by the learned scorer, each method trains on those pairs,
-and base and aligned models draw held-out captions from the same noises, which the exact verifier judges.
+or on samples of its own that the same scorer judges, and base and aligned models draw held-out captions from
+the same noises, which the exact verifier judges. The price is optimiser steps, network evaluations or time.
 Everything lies in a folder per seed and method, whole or absent: an interrupted contest goes on where it was.
 A method is one row of :data:`METHODS`.
 """
@@ -15,12 +16,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from diffalign import output
+from diffalign.bench.align_judge import Judged, implicit_accuracy, judge
 from diffalign.errors import UserError, suggestion
 
 Option = int | float | bool | str
@@ -34,65 +36,82 @@ class Method:
         config, trainer: ``module:class``.
         options: of the trainer, where the common ones (steps, batch, rank, rate) do not do.
         reference: whether it is held to a reference, and so should beat fine-tuning.
-        flow: whether it is for flow models, such as playground/flow, only.
+        own: whether it samples what it learns from by itself, and has the scorer judge it.
+        on: the models that it is for: any, flow (playground/flow) or few-step (playground/few-step).
     """
 
     config: str
     trainer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = True
-    flow: bool = False
+    own: bool = False
+    on: Literal["any", "flow", "few-step"] = "any"
 
 
-def _row(
-    module: str,
-    name: str,
-    *,
-    reference: bool = True,
-    flow: bool = False,
-    options: Mapping[str, Any] = {},
-) -> Method:
+def _row(module: str, name: str, **rest: Any) -> Method:
     path = f"diffalign.trainers.{module}:{name}"
-    return Method(f"{path}Config", f"{path}Trainer", options, reference, flow)
+    return Method(f"{path}Config", f"{path}Trainer", **rest)
 
 
 #: Own samples are drawn as the model is judged; DDO's, whose reference is the model itself, without guidance.
 _ROUNDS = {"round_steps": 50, "sampling_steps": 12, "sampling_batch_size": 32}
 _GUIDED = _ROUNDS | {"sampling_guidance_scale": 4.0}
+#: Two optimiser steps a round: the verdict on one image says little about any one of its steps, so batches
+#: are large. Counted in items, one prompt at one step with all its images.
+_OWN = {"prompts_per_round": 64, "images_per_prompt": 4, "sample_batch_size": 64, "learning_rate": 7e-4}
+_STEPS = _OWN | {"same_start": True, "trained_steps": 0.5, "gradient_accumulation_steps": 4}
+_IMAGES = _OWN | {"inner_epochs": 4, "learning_rate": 1e-4}
+OWN_CAPTIONS = 4000  # that on-policy methods draw their prompts from
 
 METHODS: dict[str, Method] = {
     "sft": _row("sft", "SFT", reference=False),
     "diffusion-dpo": _row("diffusion_dpo", "DiffusionDPO"),
-    "flow-dpo": _row("flow_dpo", "FlowDPO", flow=True),
+    "flow-dpo": _row("flow_dpo", "FlowDPO", on="flow"),
     "sdpo": _row("diffusion_dpo", "DiffusionDPO", options={"sdpo_mu": 0.9}),
     "mapo": _row("mapo", "MaPO", reference=False),
     "diffusion-kto": _row("kto", "DiffusionKTO"),
     "seppo": _row("seppo", "SePPO", options=_GUIDED),
     "spin-diffusion": _row("seppo", "SePPO", options=_GUIDED | {"flip": "none", "reference_pool": "latest"}),
     "ddo": _row("ddo", "DDO", options=_ROUNDS | {"beta_ddo": 1.0, "alpha_ddo": 1.0}),
+    "d3po": _row("d3po", "D3PO", own=True, options=_STEPS | {"train_batch_size": 48}),
+    "spo": _row("spo", "SPO", own=True, options=_STEPS | {"images_per_prompt": 1, "train_batch_size": 40}),
+    "pso": _row(
+        "pso", "PSO", own=True, on="few-step", options=_STEPS | {"trained_steps": 1.0, "train_batch_size": 24}
+    ),
+    "ddpo": _row("ddpo", "DDPO", own=True, reference=False, options=_STEPS | {"train_batch_size": 192}),
+    "flow-grpo": _row("ddpo", "FlowGRPO", own=True, on="flow", options=_STEPS | {"train_batch_size": 192}),
+    "flow-dpo-online": _row("flow_online", "FlowDPOOnline", own=True, on="flow", options=_IMAGES),
+    "flow-rwr-online": _row(
+        "flow_online", "FlowRWROnline", own=True, on="flow", options=_IMAGES, reference=False
+    ),
 }
 
 
 @dataclass(kw_only=True)
 class AlignConfig:
-    """Compare alignment methods on the playground: verifier accuracy, scorer, implicit accuracy, against SFT.
+    """Compare alignment methods on the playground: verifier accuracy, scorer, distance from the base, cost.
 
-    Each method gets the same pairs of the base model's own samples, optimiser steps and images per step, and
-    is judged on held-out captions by the verifier, which no training sees. Writes align.json, align.csv,
-    align.md, gains.png and report.html. Called again with the same settings, it goes on.
+    Offline methods get the same pairs of the base model's own samples, on-policy ones sample their own, and
+    one scorer labels both. All train for the same number of optimiser steps, or for the same number of
+    network evaluations or seconds, what the pairs cost included. The verifier, which no training sees, judges
+    held-out captions. Writes align.json, align.csv, align.md, gains.png and report.html. Called again with
+    the same settings, it goes on.
 
     Attributes:
         output_dir: folder for the contest
         model: pipeline folder whose captions are the playground's; playground/sd is the shipped one
-        methods: rows of the table: sft, diffusion-dpo, mapo, diffusion-kto, seppo, spin-diffusion, ddo, ...;
-            flow-dpo is for flow models alone
+        methods: rows of the table: sft, diffusion-dpo, mapo, diffusion-kto, seppo, spin-diffusion, ddo, d3po,
+            spo, ddpo, ...; flow-dpo, flow-dpo-online, flow-rwr-online and flow-grpo are for playground/flow,
+            pso for playground/few-step
         options: options of single methods, such as {diffusion-kto: {beta_kto: 1000}}
         seeds: each with pairs, training, captions and noises of its own
         pair_prompts: captions that pairs are sampled for
         pair_images: images per caption, of which the best and the worst make a pair
         margin: pairs whose scores differ by less are left out
-        train_steps: optimiser steps
-        train_batch_size: pairs (or single images) per step
+        equal: what is the same for all: steps, evaluations or seconds
+        budget: with equal evaluations or seconds, how many of a run; a row with a gradient counts as three
+        train_steps: optimiser steps; with equal evaluations or seconds, the first of them say what one costs
+        train_batch_size: pairs, single images or, on-policy, steps of a prompt's images per optimiser step
         learning_rate: of the LoRA
         rank: of the LoRA
         held_out: share of the pairs' captions that the implicit accuracy is measured on
@@ -104,12 +123,16 @@ class AlignConfig:
 
     output_dir: str = "outputs/bench/align"
     model: str = "playground/sd"
-    methods: list[str] = field(default_factory=lambda: [n for n, m in METHODS.items() if not m.flow])
+    methods: list[str] = field(
+        default_factory=lambda: [n for n, m in METHODS.items() if m.on == "any" and not m.own]
+    )
     options: dict[str, dict[str, Option]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     pair_prompts: int = 300
     pair_images: int = 4
     margin: float = 1.5
+    equal: Literal["steps", "evaluations", "seconds"] = "steps"
+    budget: float = 0.0
     train_steps: int = 200
     train_batch_size: int = 16
     learning_rate: float = 1e-4
@@ -132,35 +155,13 @@ class AlignConfig:
         for name, value in (least | {"eval_prompts": 2, "steps": 1}).items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name} must be at least {value}, but is {getattr(self, name)}")
+        if (self.equal == "steps") != (self.budget == 0) or self.budget < 0:
+            raise UserError(
+                "--budget is what --equal evaluations or --equal seconds gives each method, and 0 with "
+                f"--equal steps; it is {self.budget:g} with {self.equal}"
+            )
         if not 0 < self.held_out < 1:
             raise UserError(f"--held_out must be between 0 and 1, but is {self.held_out}")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What one model drew for the held-out captions of one seed.
-
-    Attributes:
-        true: (N,) bool, whether the verifier finds the caption true.
-        score: (N,) float, by the learned scorer.
-        facts: of the training: seconds, metrics of the last validation, alarms.
-    """
-
-    true: np.ndarray
-    score: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
-        output.write_json(
-            path, {"true": self.true.tolist(), "score": self.score.tolist(), "facts": self.facts}
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> Judged:
-        """What :meth:`write` wrote."""
-        found = json.loads(path.read_text())
-        return cls(np.array(found["true"], bool), np.array(found["score"], float), found["facts"])
 
 
 def run(config: AlignConfig) -> list[dict[str, Any]]:
@@ -223,16 +224,23 @@ def contestant(config: AlignConfig, folder: Path, seed: int, name: str) -> Judge
     return judged
 
 
+COST = "cost.json"
+
+
 def draw_pairs(config: AlignConfig, folder: Path, seed: int) -> Path:
     """Pairs of the base model's own samples, the best against the worst of each caption."""
+    from diffalign.pipelines.generate import denoiser
     from diffalign.pipelines.load import load_pipeline
     from diffalign.playground import load_scorer
     from diffalign.playground.captions import draw_captions
     from diffalign.playground.pairs import draw_candidates, write
+    from diffalign.trainers.meter import Meter
 
-    if not folder.is_dir():
+    if not (folder / COST).is_file():
+        pipe = load_pipeline(config.model)
+        meter, began = Meter(denoiser(pipe)), time.perf_counter()
         candidates = draw_candidates(
-            load_pipeline(config.model),
+            pipe,
             load_scorer(),
             draw_captions(seed, config.pair_prompts, held_out=False),
             images=config.pair_images,
@@ -241,7 +249,9 @@ def draw_pairs(config: AlignConfig, folder: Path, seed: int) -> Path:
             seed=seed,
             progress="sampling candidates",
         )
-        write(candidates, folder, margin=config.margin)
+        write(candidates, folder, margin=config.margin, overwrite=True)
+        cost = {"evaluations": meter.total, "seconds": time.perf_counter() - began}
+        output.write_json(folder / COST, cost)
     return folder
 
 
@@ -258,6 +268,8 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
         "validation_steps": config.train_steps,
         "checkpointing_steps": max(1, config.train_steps // 4),
         "checkpoints_total_limit": 1,
+        "sample_steps": config.steps,
+        "sample_guidance": config.guidance,
     }
     known = {option.name for option in fields(_load(METHODS[name].config))}
     common = {option: value for option, value in common.items() if option in known}  # not all hold pairs out
@@ -265,62 +277,62 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
 
 
 def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) -> dict[str, Any]:
-    """A LoRA by one method, through the trainer that every user has; what its log says at the end."""
-    from diffalign.trainers import log
+    """A LoRA by one method, through the trainer that every user has; what its log says at the end.
 
+    With equal evaluations or seconds, the first ``train_steps`` say what a step costs and so how many the
+    budget buys; the run then goes on to that number, as a resumed run does.
+
+    Raises:
+        UserError: the budget is spent before training has begun, or before its steps have been measured.
+    """
     method = METHODS[name]
     options = recipe(config, seed, name)
-    chosen = _load(method.config)(
-        pretrained_model_name_or_path=config.model,
-        dataset_name=str(pairs),
-        output_dir=str(folder),
-        cache_dir=str(folder.parent / "cache"),
-        resume_from_checkpoint="auto",
-        progress=True,
+    paid = {"evaluations": 0.0, "seconds": 0.0}
+    if not method.own:
+        paid = json.loads((pairs / COST).read_text())
+    facts = _train(config, folder, pairs, method, options, seed)
+    if config.equal != "steps":
+        per_step = facts[config.equal] / facts["steps"]
+        steps = int((config.budget - paid[config.equal]) / per_step)
+        if steps < options["max_train_steps"]:
+            raise UserError(
+                f"{name}: pairs and the first {facts['steps']} steps took "
+                f"{paid[config.equal] + facts[config.equal]:.0f} {config.equal}, more than --budget "
+                f"{config.budget:g}; raise it, or lower --train_steps"
+            )
+        if steps > facts["steps"]:
+            facts = _train(config, folder, pairs, method, options | {"max_train_steps": steps}, seed)
+    return facts | {what: facts[what] + paid[what] for what in paid}
+
+
+def _train(
+    config: AlignConfig, folder: Path, pairs: Path, method: Method, options: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    from diffalign.playground.captions import draw_captions
+    from diffalign.rewards import load_reward
+    from diffalign.trainers import log
+
+    common = {
+        "pretrained_model_name_or_path": config.model,
+        "output_dir": str(folder),
+        "resume_from_checkpoint": "auto",
+        "progress": True,
         **options,
-    )
-    began = time.perf_counter()
-    result = _load(method.trainer)(chosen).train()
+    }
+    if method.own:
+        captions = draw_captions(seed, OWN_CAPTIONS, held_out=False)
+        data: dict[str, Any] = {"dataset": captions, "reward": load_reward("playground/scorer")}
+    else:
+        common |= {"dataset_name": str(pairs), "cache_dir": str(folder.parent / "cache")}
+        data = {}
+    result = _load(method.trainer)(_load(method.config)(**common), **data).train()
     records = log.read(folder / "log.jsonl")
     return {
-        "step_seconds": float(np.median([r["step_seconds"] for r in records])),
-        "seconds": time.perf_counter() - began,
+        "steps": len(records),
+        "seconds": float(np.sum([r["step_seconds"] for r in records])),
+        "evaluations": int(np.sum([r["evaluations"] for r in records])),
         "alarms": sorted(result.alarms),
     }
-
-
-def implicit_accuracy(pipe: Any, folder: Path, held_out: float) -> list[float]:
-    """Of each held-out pair, whether the LoRA made the chosen image likelier by more than the rejected one.
-
-    1, 0, or 1/2 if by as much; for all methods at the same times and noises, on captions none trained on.
-    """
-    import torch
-
-    from diffalign.data import open_pairs
-    from diffalign.data.transforms import fit
-    from diffalign.likelihood import add_noise, evaluate
-    from diffalign.models import load_adapter
-    from diffalign.models.reference import adapters_off
-    from diffalign.trainers.validation import TIMES
-
-    adapter = load_adapter(pipe)
-    adapter.reference = adapters_off
-    pairs = open_pairs(folder).split_by_prompt(held_out)[1]
-    won = []
-    for i, pair in enumerate(tqdm(pairs, desc="held-out pairs", unit="pair", leave=False)):
-        pixels = torch.stack([fit(image, adapter.default_resolution).pixels for image in pair.images])
-        latents = adapter.encode_images(pixels)["latents"].float().repeat(len(TIMES), 1, 1, 1)
-        cond = adapter.encode_prompts([pair.prompt] * len(latents))
-        numbers = torch.Generator().manual_seed(i)
-        noise = torch.randn(len(TIMES), *latents.shape[1:], generator=numbers).repeat_interleave(2, 0)
-        t = torch.tensor([int(part * adapter.schedule.num_train_timesteps) for part in TIMES])
-        noised = add_noise(
-            adapter.schedule, adapter.prediction_type, latents, noise.to(latents), t.repeat_interleave(2)
-        )
-        with torch.no_grad():
-            ratio = evaluate(adapter.denoise, noised, cond).log_ratio().reshape(-1, 2).mean(0)
-        won.append(float(ratio[0] > ratio[1]) + 0.5 * float(ratio[0] == ratio[1]))
-    return won
 
 
 def _load(target: str) -> Any:
@@ -328,51 +340,31 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def judge(pipe: Any, config: AlignConfig, seed: int, facts: dict[str, Any]) -> Judged:
-    """Held-out captions from noises that depend on the seed alone, judged by the verifier and the scorer."""
-    from diffalign.demo import verified
-    from diffalign.pipelines.generate import generate
-    from diffalign.pipelines.load import make_scheduler
-    from diffalign.playground import load_scorer
-    from diffalign.playground.captions import draw_captions
-    from diffalign.rewards import score_images
-
-    captions = draw_captions(1000 + seed, config.eval_prompts, held_out=True)
-    images = generate(
-        pipe,
-        captions,
-        [10_000_000 + 100_000 * seed + i for i in range(len(captions))],
-        steps=config.steps,
-        guidance=config.guidance,
-        scheduler=make_scheduler("dpm-solver++", pipe.scheduler.config),
-        batch_size=40,
-        progress="judging",
-    ).images
-    scores = score_images(load_scorer(), list(images), captions)
-    return Judged(verified(captions, images), np.asarray(scores, dtype=np.float64), facts)
-
-
 # ------------------------------------------------------------------- table
+
+
+MEASURED = ("drift", "steps", "evaluations", "seconds")  # of each run
 
 
 def table(config: AlignConfig, judged: Mapping[tuple[int, str], Judged]) -> list[dict[str, Any]]:
     """A row per method, over all seeds: values, and differences with 95 % intervals.
 
     Differences are paired by caption and noise, and the intervals are of these; what the seed of the training
-    does is seen in ``by_seed``.
+    does is seen in ``by_seed``. ``diversity`` is a share of the base's, in whose row it is absolute.
     """
     from diffalign.demo import mean, share
 
     def all_of(name: str, what: str) -> np.ndarray:
         return np.concatenate([getattr(judged[seed, name], what) for seed in config.seeds]).astype(float)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     sft = "sft" if "sft" in config.methods else None
     for name in ("base", *config.methods):
         true, score = all_of(name, "true"), all_of(name, "score")
+        facts = [judged[seed, name].facts for seed in config.seeds]
         row: dict[str, Any] = {"method": name, "verifier": share(true > 0.5), "scorer": float(score.mean())}
+        row["diversity"] = float(np.mean([fact["diversity"] for fact in facts]))
         if name != "base":
-            facts = [judged[seed, name].facts for seed in config.seeds]
             row |= {
                 "gain": mean(true - all_of("base", "true")),
                 "scorer_gain": mean(score - all_of("base", "score")),
@@ -384,15 +376,11 @@ def table(config: AlignConfig, judged: Mapping[tuple[int, str], Judged]) -> list
                 "implicit": mean(np.concatenate([fact["implicit"] for fact in facts])),
                 "reference": METHODS[name].reference,
                 "alarms": sorted({alarm for fact in facts for alarm in fact["alarms"]}),
-                "step_seconds": float(np.mean([fact["step_seconds"] for fact in facts])),
-                "seconds": float(np.mean([fact["seconds"] for fact in facts])),
+                "diversity": row["diversity"] / rows[0]["diversity"],
+                **{what: float(np.mean([fact[what] for fact in facts])) for what in MEASURED},
             }
             row["verdict"] = verdict(row)
         rows.append(row)
-    if sft:
-        unit = next(row["step_seconds"] for row in rows if row["method"] == sft)
-        for row in rows[1:]:
-            row["step_cost"] = row["step_seconds"] / unit
     return rows
 
 

@@ -60,24 +60,36 @@ def shown_row(row: Row) -> dict[str, str]:
         "against sft": interval("against_sft"),
         "scorer": f"{row['scorer']:.2f}",
         "pairs won": "-" if base else f"{row['implicit']['value']:.0%}",
-        "step cost": "-" if row.get("step_cost") is None else f"{row['step_cost']:.2f}",
+        "drift": "-" if base else f"{row['drift']:.1%}",
+        "diversity": "1" if base else f"{row['diversity']:.2f}",
+        "steps": "-" if base else f"{row['steps']:.0f}",
+        "evaluations": "-" if base else f"{row['evaluations'] / 1000:.0f}k",
+        "minutes": "-" if base else f"{row['seconds'] / 60:.1f}",
         "verdict": row.get("verdict", "-"),
     }
 
 
 def gains(rows: Sequence[Row]) -> Any:
-    """Gain in verifier accuracy with its interval, best on top; a dot for each seed."""
+    """Left, gain in verifier accuracy with its interval, best on top, a stroke for each seed; right, what it
+    cost in distance from the base."""
     ranked = sorted(rows[1:], key=lambda row: row["gain"]["value"])
-    figure, axes = new_figure(8.5, 0.45 * len(ranked) + 1.3)
-    axes.axvline(0, color=PALETTE["muted"], lw=1, ls=":")
+    figure, (left, right) = new_figure(11, max(3.2, 0.45 * len(ranked) + 1.3), columns=2)
+    left.axvline(0, color=PALETTE["muted"], lw=1, ls=":")
+    right.axhline(0, color=PALETTE["muted"], lw=1, ls=":")
     for place, row in enumerate(ranked):
-        gain = row["gain"]
+        gain, drift = row["gain"], 100 * row["drift"]
         colour = PALETTE["ours" if row["reference"] else "theirs"]
-        low, high = (abs(gain[end] - gain["value"]) for end in ("low", "high"))
-        spread = [[100 * low], [100 * high]]
-        axes.errorbar(100 * gain["value"], place, xerr=spread, fmt="o", color=colour, capsize=3)
+        spread = [[100 * abs(gain[end] - gain["value"])] for end in ("low", "high")]
+        left.errorbar(100 * gain["value"], place, xerr=spread, fmt="o", color=colour, capsize=3)
         seeds = [100 * one for one in row["by_seed"]]
-        axes.plot(seeds, [place + 0.2] * len(seeds), "|", color=colour)
-    axes.set_yticks(range(len(ranked)), [row["method"] for row in ranked])
-    axes.set_xlabel("gain in verifier accuracy over the base model, points")
+        left.plot(seeds, [place + 0.2] * len(seeds), "|", color=colour)
+        right.errorbar(drift, 100 * gain["value"], yerr=spread, fmt="o", color=colour, capsize=3, alpha=0.8)
+        right.annotate(
+            row["method"], (drift, 100 * gain["value"]), (6, 4), textcoords="offset points", fontsize=8
+        )
+    left.set_yticks(range(len(ranked)), [row["method"] for row in ranked])
+    left.set_xlabel("gain in verifier accuracy over the base model, points")
+    right.set_xlabel("distance from the base model: change of the network's output, %")
+    right.set_ylabel("gain, points")
+    right.set_xlim(left=0)
     return figure

@@ -29,7 +29,7 @@ class PairsConfig:
         lora: folder of a LoRA to put on it, for pairs of an aligned model's own samples.
         prompts: number of captions, none of them held out.
         images: images per caption, of which the best and the worst make a pair.
-        steps: sampling steps (DPM-Solver++).
+        steps: sampling steps (DPM-Solver++; a few-step model has its own sampler).
         guidance: classifier-free guidance scale.
         margin: pairs whose scores differ by less are left out.
         batch_size: images per network call.
@@ -75,6 +75,17 @@ class Candidates:
         ]
 
 
+def sampler_of(pipe: Any) -> Any:
+    """What a playground model is sampled with: DPM-Solver++, and a few-step one with its own scheduler."""
+    from diffusers import LCMScheduler
+
+    from diffalign.pipelines.load import make_scheduler
+
+    if isinstance(pipe.scheduler, LCMScheduler):
+        return pipe.scheduler
+    return make_scheduler("dpm-solver++", pipe.scheduler.config)
+
+
 def draw_candidates(
     pipe: Any,
     scorer: Any,
@@ -87,12 +98,11 @@ def draw_candidates(
     seed: int = 0,
     progress: str | None = None,
 ) -> Candidates:
-    """Sample ``images`` pictures of each caption with DPM-Solver++ and score them.
+    """Sample ``images`` pictures of each caption and score them.
 
     Args:
         scorer: has ``score(prompts, (N, H, W, 3) uint8) -> (N,)``.
     """
-    from diffalign.pipelines.load import make_scheduler
     from diffalign.rewards import score_images
 
     prompts = [c for c in captions for _ in range(images)]
@@ -103,7 +113,7 @@ def draw_candidates(
         seeds,
         steps=steps,
         guidance=guidance,
-        scheduler=make_scheduler("dpm-solver++", pipe.scheduler.config),
+        scheduler=sampler_of(pipe),
         batch_size=batch_size,
         progress=progress,
     )

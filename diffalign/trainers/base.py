@@ -40,6 +40,7 @@ from diffalign.trainers.card import upload, write_card
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
+from diffalign.trainers.meter import Meter
 from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae
 from diffalign.trainers.sharding import gathered, split_as, whole
 from diffalign.trainers.weights import Weights
@@ -183,6 +184,7 @@ class Trainer(ABC, Generic[C]):
         self.open_data()
         self.adapter = self._load_model()
         self.pipeline = self.adapter.pipeline
+        self.meter = Meter(self.adapter.module)
         # Weights come before the data: an init_lora that does not fit should not wait for a whole encoding.
         self.weights = self.make_weights()
         self.adapter.module.to(accelerator.device)
@@ -241,7 +243,7 @@ class Trainer(ABC, Generic[C]):
 
     def _optimiser_step(self, step: int) -> dict[str, Any]:
         config, accelerator = self.config, self.accelerator
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.meter.total
         self.begin_step(step)
         rate = self._learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -275,6 +277,7 @@ class Trainer(ABC, Generic[C]):
             **self.summarise(values[1:-1], self.pairs_per_step),
             "grad_norm": values[-1] if math.isfinite(values[-1]) else None,
             "learning_rate": rate,
+            "evaluations": (self.meter.total - before) * accelerator.num_processes,
             "step_seconds": time.perf_counter() - started,
         }
 
