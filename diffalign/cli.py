@@ -62,6 +62,19 @@ COMMANDS: dict[str, Command] = {
         "fit a sampler to a pipeline: times and weights of every step",
         "diffalign calibrate plan --model playground/sd --num_inference_steps 5 8 --guidance_scale 4",
     ),
+    "calibrate timesteps": Command(
+        "diffalign.calibrate.timesteps:CalibrateTimestepsConfig",
+        "diffalign.calibrate.timesteps:run",
+        "search the times at which a solver asks a pipeline's network",
+        "diffalign calibrate timesteps --model playground/sd --solver unipc --num_inference_steps 5 "
+        "--guidance_scale 4",
+    ),
+    "calibrate schedule": Command(
+        "diffalign.calibrate.schedule:CalibrateScheduleConfig",
+        "diffalign.calibrate.schedule:run",
+        "search how each step of a pipeline's sampler is made: order, form, derivatives, corrector",
+        "diffalign calibrate schedule --model playground/sd --num_inference_steps 5 --guidance_scale 4",
+    ),
     "calibrate dc": Command(
         "diffalign.calibrate.dc:CalibrateDCConfig",
         "diffalign.calibrate.dc:run",
@@ -93,6 +106,13 @@ COMMANDS: dict[str, Command] = {
         "a preference model that judges what is predicted at noisy times, for spo",
         "diffalign train step-aware --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/ "
         "--reward_model playground/scorer",
+    ),
+    "train latent-reward": Command(
+        "diffalign.trainers.latent_reward:LatentRewardConfig",
+        "diffalign.trainers.latent_reward:run",
+        "a small reward of noisy latents, for guidance by it (Flow-NRG)",
+        "diffalign train latent-reward --pretrained_model_name_or_path playground/flow "
+        "--dataset_name my_scored/",
     ),
     "train spo": Command(
         "diffalign.trainers.spo:SPOConfig",

@@ -11,6 +11,7 @@ and for a flow model ``v' = v - w s/(1-s) grad_x r``. The paper's reward is a sm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffalign.errors import UserError
+from diffalign.pipelines import latent_reward
 from diffalign.pipelines.steering import Drawing, Score, SteeringOutput, as_type, at_least, frozen
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.prediction import coefficients, convert
@@ -74,7 +76,7 @@ def flow_nrg(
     prompt: str | Sequence[str],
     score: Score | None = None,
     *,
-    noisy_score: NoisyScore | None = None,
+    noisy_score: NoisyScore | str | Path | None = None,
     weight: float = 1.0,
     most: float = 10.0,
     skip_first: bool = True,
@@ -90,7 +92,9 @@ def flow_nrg(
     Args:
         score: a differentiable reward of images; then each step also differentiates the network and the
             decoder.
-        noisy_score: instead of it, a reward of noisy latents; several rewards are a weighted sum of theirs.
+        noisy_score: instead of it, a reward of noisy latents: the folder of a head that 'diffalign train
+            latent-reward' made, or a function; several rewards are a weighted sum of theirs
+            (:func:`~diffalign.pipelines.latent_reward.noisy_score` makes one of a folder).
         weight: w; it scales with the reward's own units.
         most: cap of the factor before ``w grad r``, ``s/(1-s)`` for a flow.
         skip_first: leave the first step as it is: pure noise says nothing about the image.
@@ -124,7 +128,10 @@ def flow_nrg(
         )
 
     drawing = Drawing(pipe, prompt, seeds, steps=num_inference_steps, guidance=guidance_scale, adjust=adjust)
-    judge = noisy_score or reward_of_prediction(drawing, score)  # type: ignore[arg-type]
+    if isinstance(noisy_score, str | Path):
+        judge: NoisyScore = latent_reward.noisy_score(noisy_score, pipe)
+    else:
+        judge = noisy_score or reward_of_prediction(drawing, score)  # type: ignore[arg-type]
     rows = range(len(drawing.prompts))
     batches = -(-len(rows) // batch_size)
     bar = tqdm(total=batches * num_inference_steps, desc="Flow-NRG", unit="step", disable=not progress)

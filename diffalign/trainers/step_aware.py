@@ -9,7 +9,6 @@ others. No gradient passes the decoder or the denoiser.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from diffalign.solvers.prediction import convert
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.denoising import Batch
 from diffalign.trainers.pairs import PairConfig, PairTrainer
-from diffalign.trainers.weights import HALF
+from diffalign.trainers.weights import HALF, ModuleWeights
 
 
 @dataclass(kw_only=True)
@@ -64,6 +63,7 @@ class StepAwareConfig(PairConfig):
         self._need("rank", self.rank == 0, "0: all weights of the preference model are trained")
         self._need("low_memory", not self.low_memory, "false; use gradient_checkpointing")
         self._need("reference_draws", self.reference_draws == 0, "0: there is no reference")
+        self._need("draws_per_example", self.draws_per_example == 1, "1: no errors are averaged")
         self._need("weighting", self.weighting == "native", "native: no denoising error is measured")
         self._need("validation_prompts", not self.validation_prompts, "empty: no generator is trained")
         self._need("clip", not self.clip, "empty: images only")
@@ -83,30 +83,16 @@ class Judge(nn.Module):
         return self.reward.clip.scale * (seen * read).sum(-1)
 
 
-class JudgeWeights:
-    """All weights of a step-aware model, in the place of :class:`diffalign.trainers.weights.Weights`."""
+class JudgeWeights(ModuleWeights):
+    """All weights of a step-aware model."""
 
-    lora = False
+    subfolder = "reward"
 
     def __init__(self, reward: StepAware) -> None:
-        self.reward = reward.requires_grad_(True)
+        super().__init__(reward, step_aware.load)
         if getattr(reward.clip.model, "logit_bias", None) is not None:
             reward.clip.model.logit_bias.requires_grad_(False)  # SigLIP's; a score has no use for it
         self.refresh()
-
-    def refresh(self) -> None:
-        """Look up the trainable parameters."""
-        named = [(name, p) for name, p in self.reward.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
-        self.trainable = [p for _, p in named]
-
-    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Into ``folder/reward``."""
-        self.reward.save_pretrained(folder / "reward")
-
-    def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, exact to the bit."""
-        self.reward.load_state_dict(step_aware.load(folder / "reward").state_dict())
 
     def described(self, base: str) -> tuple[str, str]:
         """As :meth:`diffalign.trainers.weights.Weights.described`."""
@@ -115,13 +101,8 @@ class JudgeWeights:
 
     def export(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write the result; each file appears when it is complete."""
-        part = folder / ".result.part"
-        shutil.rmtree(part, ignore_errors=True)
-        self.reward.requires_grad_(False).forget_texts()
-        self.reward.save_pretrained(part)
-        for path in part.iterdir():
-            path.rename(folder / path.name)
-        part.rmdir()
+        self.module.forget_texts()
+        super().export(folder, state)
 
 
 class StepAwareTrainer(PairTrainer[StepAwareConfig]):

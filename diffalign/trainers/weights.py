@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,42 @@ def _shape_of(state: dict[str, Tensor]) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
     }
+
+
+class ModuleWeights:
+    """All weights of a network that stands beside the generator, in the place of :class:`Weights`.
+
+    Args:
+        module: has ``save_pretrained(folder)``.
+        load: reads what that wrote.
+    """
+
+    lora = False
+    subfolder = "module"  # of checkpoints
+
+    def __init__(self, module: Any, load: Callable[[Path], nn.Module]) -> None:
+        self.module, self._load = module.requires_grad_(True), load
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look up the trainable parameters."""
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.trainable = [p for _, p in named]
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Into a folder of the checkpoint ``folder``."""
+        self.module.save_pretrained(folder / self.subfolder)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, exact to the bit."""
+        self.module.load_state_dict(self._load(folder / self.subfolder).state_dict())
+
+    def export(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the result; each file appears when it is complete."""
+        part = folder / ".result.part"
+        shutil.rmtree(part, ignore_errors=True)
+        self.module.requires_grad_(False).save_pretrained(part)
+        for path in part.iterdir():
+            path.rename(folder / path.name)
+        part.rmdir()
