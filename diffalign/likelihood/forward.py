@@ -101,17 +101,33 @@ class Errors:
     """Denoising errors ``(rows,)`` of the policy and, unless there is none, of the reference.
 
     Where a loss looks at predictions: ``residual`` is ``f - y`` and ``shift`` is ``f - f_ref``, both
-    ``(rows, C, ...)`` float32, with the policy's gradient.
+    ``(rows, C, ...)`` float32, with the policy's gradient. ``single``: of averages, what was averaged.
     """
 
     policy: Tensor
     reference: Tensor | None
     residual: Tensor | None = None
     shift: Tensor | None = None
+    single: Errors | None = None
 
     def log_ratio(self) -> Tensor:
         """``ell_policy - ell_reference``, or ``ell_policy`` without a reference; ``(rows,)``."""
         return -0.5 * (self.policy if self.reference is None else self.policy - self.reference)
+
+    def averaged(self, draws: int, sides: int) -> Errors:
+        """Means over several draws of noise and time per image: nearer to its likelihood by that much.
+
+        Rows are those of `sides` images, each with `draws` draws, each of the B examples: ``(sides * draws *
+        B,)`` become ``(sides * B,)``.
+        """
+        if draws == 1:
+            return self
+
+        def mean(rows: Tensor) -> Tensor:
+            return rows.reshape(sides, draws, -1).mean(1).flatten()
+
+        reference = None if self.reference is None else mean(self.reference)
+        return Errors(mean(self.policy), reference, single=self)
 
 
 def evaluate(

@@ -65,4 +65,5 @@ def _joined(first: Errors, second: Errors) -> Errors:
         return None if any(part is None for part in parts) else torch.cat(parts).detach()
 
     policy = torch.cat([first.policy, second.policy]).detach().requires_grad_()
-    return Errors(policy, both("reference"), residual=both("residual"))
+    single = _joined(first.single, second.single) if first.single and second.single else None
+    return Errors(policy, both("reference"), residual=both("residual"), single=single)

@@ -45,6 +45,10 @@ class DenoisingConfig(TrainConfig):
             shift what is drawn as their scheduler does.
         logit_mean: of logit_normal; above 0 prefers the noisy end.
         logit_std: of logit_normal.
+        stratified_times: spread the times of a step evenly: each draw of the global batch has its own part of
+            the distribution, at random. Unbiased, with less variance than independent times.
+        draws_per_example: average an example's errors over so many draws of noise and time before the loss,
+            for so many times the cost; with stratified_times one from each part of the distribution.
         timesteps: draw from these times only, instead: those that a few-step model is asked at.
         time_ids: what SDXL is told of an image's size and crop: its own (image), or that of an
             uncropped image at the training resolution (resolution), as the published code does.
@@ -68,6 +72,8 @@ class DenoisingConfig(TrainConfig):
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    stratified_times: bool = False
+    draws_per_example: int = 1
     timesteps: list[float] = field(default_factory=list)
     time_ids: Literal["image", "resolution"] = "image"
     empty_caption: EmptyCaption = "as_pipeline"
@@ -84,6 +90,12 @@ class DenoisingConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("draws_per_example", self.draws_per_example >= 1, "at least 1")
+        if self.reference_draws and (self.stratified_times or self.draws_per_example > 1):
+            raise UserError(
+                "stratified_times and draws_per_example draw anew in every step, where reference_draws has "
+                "fixed draws: leave one of them out"
+            )
         self._need("validation_share", 0 <= self.validation_share < 1, "at least 0 and below 1")
         self._need("validation_pairs", self.validation_pairs >= 1, "at least 1")
         if self.validation_share and self.validation_dataset:
@@ -107,11 +119,14 @@ class DenoisingConfig(TrainConfig):
 class Batch:
     """One micro-batch of B pairs on the device, as 2B rows: chosen ones first; or of B single images.
 
-    ``latents (2B, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2B,)`` in host
-    memory; ``cond``: each ``(2B, ...)``; ``preference (B,)``, ``weight (B,)`` and ``gap (B,)``, by how much
-    the chosen image's score is higher (NaN without scores); ``empty``: pairs without their caption; ``rows``:
-    indices of the pairs; ``draws``: which fixed draw of each pair was used, -1 for a fresh one; ``sides``:
-    which images are there, chosen (0) and rejected (1).
+    With K draws per example there are 2KB rows: of each side all examples with their first draw, then with
+    their second.
+
+    ``latents (2KB, C, h, w)`` float32; ``noise``: likewise, equal for both rows of a pair; ``t (2KB,)`` in
+    host memory; ``cond``: each ``(2KB, ...)``; ``preference (B,)``, ``weight (B,)`` and ``gap (B,)``, by how
+    much the chosen image's score is higher (NaN without scores); ``empty``: pairs without their caption;
+    ``rows``: indices of the pairs; ``draws (KB)``: which fixed draw each row of a side used, -1 for a fresh
+    one; ``sides``: which images are there, chosen (0) and rejected (1).
     """
 
     latents: Tensor
@@ -128,8 +143,8 @@ class Batch:
 
     def row(self, side: int) -> Batch:
         """The chosen (0) or rejected (1) rows alone; what is said of pairs stays."""
-        pairs = len(self.rows)
-        own = slice(side * pairs, (side + 1) * pairs)
+        length = len(self.draws)
+        own = slice(side * length, (side + 1) * length)
         return replace(
             self,
             latents=self.latents[own],
@@ -232,7 +247,11 @@ class DenoisingTrainer(Trainer[D]):
         """The examples at places ``slots`` of the global batch of ``step``, with noise and times."""
         positions = range(step * self.pairs_per_step + slots.start, step * self.pairs_per_step + slots.stop)
         rows = self.rows_at(positions)
-        drawn = [self._draw(step, slot, row) for slot, row in zip(slots, rows, strict=True)]
+        drawn = [
+            self._draw(step, slot, row, number)
+            for number in range(self.config.draws_per_example)
+            for slot, row in zip(slots, rows, strict=True)
+        ]
         return self._assemble(self.read(step, slots, rows), drawn, rows)
 
     def rows_at(self, positions: range) -> list[int]:
@@ -255,18 +274,18 @@ class DenoisingTrainer(Trainer[D]):
         )
 
     def _assemble(self, found: dict[str, Any], drawn: list[_Draw], rows: list[int]) -> Batch:
-        """A :meth:`CachedExamples.batch` of B examples and a draw for each, as a batch on the device."""
-        sides = found["latents"].shape[1]
+        """A :meth:`CachedExamples.batch` of B examples and K draws for each, as a batch on the device."""
+        sides, count = found["latents"].shape[1], len(drawn) // len(rows)
         noises, times, without = zip(*(self._made(d, found["latents"].shape[2:]) for d in drawn), strict=True)
-        noise = torch.from_numpy(np.stack(noises)).expand(found["latents"].shape)
-        t, empty = torch.tensor(times).expand(-1, sides), torch.tensor(without)
+        noise = torch.from_numpy(np.stack(noises)).expand(-1, sides, *found["latents"].shape[2:])
+        t, empty = torch.tensor(times).expand(-1, sides), torch.tensor(without[: len(rows)])
         device = self.accelerator.device
 
-        def each(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True).repeat(sides, *[1] * (tensor.ndim - 1))
+        def each(tensor: Tensor, times: int = sides * count) -> Tensor:
+            return tensor.to(device, non_blocking=True).repeat(times, *[1] * (tensor.ndim - 1))
 
         def by_row(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            return each(tensor, len(drawn) // len(tensor)).transpose(0, 1).flatten(0, 1)
 
         def dropped(cond: dict[str, Tensor]) -> dict[str, Tensor]:
             """Both images of a pair lose their caption together."""
@@ -276,7 +295,7 @@ class DenoisingTrainer(Trainer[D]):
 
         cond = {name: each(values) for name, values in dropped(found["cond"]).items()}
         for name, values in dropped(found.get("cond_rejected", {})).items():  # captions of each image's own
-            cond[name][len(rows) :] = values.to(device, non_blocking=True)
+            cond[name][len(drawn) :] = each(values, count)
 
         original, corner = found["original_size"], found["crop_top_left"]
         target = torch.tensor(self.size).expand_as(original)
@@ -297,11 +316,18 @@ class DenoisingTrainer(Trainer[D]):
             sides=tuple(range(sides)),
         )
 
-    def _draw(self, step: int, slot: int, row: int) -> _Draw:
-        count = self.config.reference_draws
-        if not count:
-            return _Draw(("noise", step, slot))
-        return self._fixed(row, int(draws.generator(self.config.seed, "draw", step, slot).integers(count)))
+    def _draw(self, step: int, slot: int, row: int, number: int = 0) -> _Draw:
+        """The draw for the example at a place of a step, or one of several."""
+        config, count = self.config, self.config.reference_draws
+        if count:
+            return self._fixed(row, int(draws.generator(config.seed, "draw", step, slot).integers(count)))
+        draw = _Draw(("noise", step, slot, number) if number else ("noise", step, slot))
+        if not config.stratified_times:
+            return draw
+        # Of K draws the k-th lies in the k-th part of (0, 1), which the examples of the step share evenly.
+        parts = (("strata", step, side, number) for side in range(self.times))
+        shares = (draws.quantile((config.seed, *part), slot, self.pairs_per_step) for part in parts)
+        return draw._replace(quantiles=tuple((number + u) / config.draws_per_example for u in shares))
 
     def _fixed(self, row: int, number: int) -> _Draw:
         return _Draw(("fixed", self.data.keys[row], number), number)
@@ -313,6 +339,8 @@ class DenoisingTrainer(Trainer[D]):
             return numbers.standard_normal((1, *shape), dtype=np.float32), (draw.t,), False
         empty = numbers.random() < self.config.proportion_empty_prompts
         t = tuple(self._time(numbers) for _ in range(self.times))
+        if draw.quantiles:
+            t = tuple(self._time_of(u) for u in draw.quantiles)
         return numbers.standard_normal((self.noises, *shape), dtype=np.float32), t, empty
 
     def _time(self, numbers: np.random.Generator) -> float:
@@ -320,13 +348,19 @@ class DenoisingTrainer(Trainer[D]):
         if config.timesteps:
             t = float(numbers.choice(config.timesteps))
             return t if schedule.is_flow else int(t)
-        return draws.time(
-            numbers,
-            schedule,
-            config.timestep_sampling,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-        )
+        return draws.time(numbers, schedule, config.timestep_sampling, **self._logit)
+
+    def _time_of(self, u: float) -> float:
+        """:meth:`_time` for a uniform number."""
+        config, schedule = self.config, self.adapter.schedule
+        if config.timesteps:
+            t = float(sorted(config.timesteps)[int(u * len(config.timesteps))])
+            return t if schedule.is_flow else int(t)
+        return draws.time_of(u, schedule, config.timestep_sampling, **self._logit)
+
+    @property
+    def _logit(self) -> dict[str, float]:
+        return {"logit_mean": self.config.logit_mean, "logit_std": self.config.logit_std}
 
     # ---------------------------------------------------------------- likelihood
 
@@ -442,7 +476,7 @@ class DenoisingTrainer(Trainer[D]):
         weight = error_weight(
             config.weighting, adapter.schedule, adapter.prediction_type, batch.t, gamma=config.snr_gamma
         )
-        return evaluate(
+        errors = evaluate(
             adapter.denoise,
             noised,
             batch.cond,
@@ -450,6 +484,7 @@ class DenoisingTrainer(Trainer[D]):
             weight=None if weight is None else weight.to(noised.x_t.device),
             predictions=self.needs_predictions,
         )
+        return errors.averaged(len(batch.draws) // len(batch.rows), len(batch.sides))
 
 
 class _Draw(NamedTuple):
@@ -458,6 +493,7 @@ class _Draw(NamedTuple):
     purpose: tuple[int | str, ...]
     number: int = -1  # of the fixed draw
     t: float | None = None  # the time, where it is not drawn
+    quantiles: tuple[float, ...] = ()  # what decides the times, where they are stratified
 
 
 def _stacked(batches: Iterable[dict[str, Any]]) -> dict[str, Any]:

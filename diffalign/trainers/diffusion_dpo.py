@@ -130,6 +130,10 @@ class DiffusionDPOConfig(PairConfig):
                 "dspo_beta is a loss of its own, on predictions of policy and reference: leave out losses, "
                 "loss_type, label_smoothing, loss_options, sft_weight, low_memory and reference_draws"
             )
+        if self.draws_per_example > 1 and (self.sdpo_mu is not None or self.dspo_beta):
+            raise UserError(
+                "sdpo_mu and dspo_beta look at one prediction per image: draws_per_example must be 1"
+            )
         for term in self.terms():
             term.check()
             if self.low_memory and LOSSES[term.name].batchwise:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from diffalign.solvers.noise import NoiseSchedule
 
 TimeSampling = Literal["uniform", "logit_normal"]
+
+_FINE = 2**24  # numbers within a part of (0, 1): float64 keeps them off its ends
 
 
 def generator(*purpose: int | str) -> np.random.Generator:
@@ -54,6 +57,30 @@ def time(
     if sampling == "uniform":
         return time_at(schedule, 1.0 - numbers.random())
     return time_at(schedule, 1.0 / (1.0 + math.exp(-numbers.normal(logit_mean, logit_std))))
+
+
+def quantile(purpose: tuple[int | str, ...], place: int, places: int) -> float:
+    """A number in (0, 1): `places` of the same `purpose` have one each in every ``1 / places`` of it.
+
+    Each place's own is uniform, since which part is whose is a random permutation.
+    """
+    part = generator(*purpose, "order").permutation(places)[place]
+    within = (generator(*purpose, place).integers(_FINE) + 0.5) / _FINE
+    return float((part + within) / places)
+
+
+def time_of(
+    u: float,
+    schedule: NoiseSchedule,
+    sampling: TimeSampling,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> float:
+    """The quantile `u`, in (0, 1), of what :func:`time` draws: distributed like it if `u` is uniform."""
+    if sampling == "uniform":
+        return time_at(schedule, u)
+    return time_at(schedule, 1.0 / (1.0 + math.exp(-NormalDist(logit_mean, logit_std).inv_cdf(u))))
 
 
 def time_at(schedule: NoiseSchedule, fraction: float) -> float:

@@ -123,9 +123,7 @@ class PairTrainer(DenoisingTrainer[P]):
 
     def _sums(self, errors: Errors, logit: Tensor, batch: Batch) -> Tensor:
         """What :meth:`summarise` reads, in its order; stays on the device."""
-        policy = errors.policy.detach()
-        reference = errors.reference if errors.reference is not None else torch.zeros_like(policy)
-        sides = torch.stack([*policy.chunk(2), *reference.chunk(2)]).float()  # as SIDES
+        sides = _by_side(errors)
         rewards = -0.5 * self.beta * (sides[:2] - sides[2:])
         margin = rewards[0] - rewards[1]
         won = (margin > 0).float() + 0.5 * (margin == 0)
@@ -135,7 +133,9 @@ class PairTrainer(DenoisingTrainer[P]):
         steps = self.adapter.schedule.num_train_timesteps
         bins = (batch.t.reshape(2, -1) * TIME_BINS / steps).long().clamp(0, TIME_BINS - 1)
         in_bin = torch.nn.functional.one_hot(bins, TIME_BINS).to(sides)  # (2, B, bins): a time for each image
-        by_time = torch.einsum("sb,sbk->sk", sides, in_bin.repeat(2, 1, 1)).flatten()
+        by_time = torch.einsum(
+            "sb,sbk->sk", _by_side(errors.single or errors), in_bin.repeat(2, 1, 1)
+        ).flatten()
         empty = torch.full((1,), float(batch.empty), device=sides.device)
         return torch.cat([scalars.sum(1), in_bin.sum(1).flatten(), by_time, empty])
 
@@ -163,3 +163,10 @@ class PairTrainer(DenoisingTrainer[P]):
             "empty_captions": sums[-1] / pairs,
             "skipped_rows": len(self.examples.skipped),
         }
+
+
+def _by_side(errors: Errors) -> Tensor:
+    """Errors of 2B rows as (4, B) float32, in the order of SIDES; zeros without a reference."""
+    policy = errors.policy.detach()
+    reference = errors.reference if errors.reference is not None else torch.zeros_like(policy)
+    return torch.stack([*policy.chunk(2), *reference.chunk(2)]).float()

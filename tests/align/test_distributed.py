@@ -100,7 +100,15 @@ def assert_alike(one, other, log, file=LORA):
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=2e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"reference_draws": 2, "low_memory": True}], ids=["live", "table"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reference_draws": 2, "low_memory": True},
+        {"draws_per_example": 2, "stratified_times": True},
+    ],
+    ids=["live", "table", "strata"],
+)
 def test_two_processes_give_the_result_of_one(trainer, log, tmp_path, options):
     options |= SMALL | {"validation_share": 0.2, "validation_steps": 2}
     caches = [{"cache_dir": str(tmp_path / f"cache{count}")} for count in (1, 2)]
