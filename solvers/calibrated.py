@@ -238,20 +238,52 @@ def step_scales(schedule: NoiseSchedule, times: Array) -> tuple[Array, Array]:
     return ratio, alpha[1:] - ratio * alpha[:-1]
 
 
-def trace(scheduler: PlanScheduler, count: int, *, mu: float | None = None) -> tuple[Array, Array]:
-    """Times (n + 1,) and weights (n, n) of the table that a multistep scheduler amounts to.
+def trace(
+    scheduler: PlanScheduler,
+    count: int | None = None,
+    *,
+    timesteps: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> tuple[Array, Array]:
+    """Times (n + 1,) and weights (n, n) of the table that a scheduler amounts to.
+
+    Its rows are run on unit vectors: what a step in noise form, a corrector or a stage does to the sample is
+    a combination of the data predictions so far. Methods in noise form read all of these.
 
     Args:
+        count: of evaluations on the scheduler's own grid.
+        timesteps: custom times in place of it.
         mu: shift of a flow model's grid, as in ``set_timesteps``.
 
     Raises:
-        UserError: its steps are of another form (singlestep, noise form, stochastic).
+        UserError: its steps are of another form (stochastic, per coordinate, times that do not fall).
     """
-    scheduler.set_timesteps(count, mu=mu)
-    times = np.append(scheduler.plan.times, scheduler._times[-1])  # type: ignore[index]
-    _, scale_m = step_scales(scheduler.schedule, times)
-    weights = scheduler.plan.table() / scale_m[:, None]
-    for k, row in enumerate(scheduler.plan.rows):
-        if set(row.x) - {k} or row.z or scheduler.form != "sample" or abs(weights[k].sum() - 1) > 1e-6:
-            raise UserError(f"{type(scheduler).__name__} is no linear multistep method in data form")
+    scheduler.set_timesteps(count, timesteps=timesteps, mu=mu)
+    plan, name = scheduler.plan, type(scheduler).__name__
+    times = np.append(plan.times, scheduler._times[-1])  # type: ignore[index]
+    n = len(plan.rows)
+    numbers = [c for row in plan.rows for c in (*row.convert, *row.x.values(), *row.m.values())]
+    plain = all(np.ndim(c) == 0 for c in numbers) and not any(
+        row.z or row.bias is not None for row in plan.rows
+    )
+    if not plain or np.any(np.diff(times) >= 0):
+        raise UserError(f"{name} is no linear multistep method: its steps are no rows of numbers")
+    ratio, scale_m = step_scales(scheduler.schedule, times)
+    # Entry 0 of a vector is the first sample's part, entry j + 1 that of data prediction j.
+    samples, kept = [np.eye(n + 1)[0]], []
+    weights = np.zeros((n, n))
+    for k, row in enumerate(plan.rows):
+        to_data = scheduler._conversion(row.time, "sample")
+        part = row.convert[1] / to_data[1]
+        rest = row.convert[0] - part * to_data[0]
+        kept.append(part * np.eye(n + 1)[k + 1] + rest * samples[k])
+        over = row.x.get(k, 0.0) - ratio[k]
+        step = sum((c * samples[j] for j, c in row.x.items() if j != k), np.zeros(n + 1))
+        step = step + sum(c * kept[j] for j, c in row.m.items())
+        # A difference that is rounding would spread old predictions over all later rows.
+        step = step + (over if abs(over) > 1e-13 else 0.0) * samples[k]
+        samples.append(ratio[k] * samples[k] + step)
+        weights[k] = step[1:] / scale_m[k]
+        if abs(step[0]) > 1e-6 or abs(weights[k].sum() - 1) > 1e-6:
+            raise UserError(f"{name} is no linear multistep method: it is not exact for constant predictions")
     return times, weights / weights.sum(1, keepdims=True)

@@ -8,8 +8,8 @@ is judged on noises that it did not see and taken only if it beats every known s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffalign.errors import UserError
-from diffalign.solvers.calibrated import Table, trace
+from diffalign.solvers.calibrated import Table
 from diffalign.solvers.grids import LAMBDA_FLOOR
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.plan import working_dtype
-from diffalign.solvers.scheduler import Array, PlanScheduler
+from diffalign.solvers.scheduler import Array
 
 #: ``predict(x, t, alpha, sigma, rows) -> x0``: the belief of the clean image at x (rows, ...), whose noises
 #: are numbers ``rows`` of the problem; t, alpha and sigma are 0-d float64 tensors. Differentiable in x, and
@@ -32,7 +31,6 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor, slice], Tensor]
 CAP = 0.2  # errors count up to this when fits are compared: a basin of attraction that flips is a lottery
 FAR = 0.3  # relative error from which a sample is another image
 MIN_GAP = 1e-3  # in half log-SNR between evaluations
-LARGE_WEIGHT = 5.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,8 @@ class _Level:
         return _Level(*(torch.tensor(float(v), dtype=torch.float64) for v in (schedule.t_max, alpha, sigma)))
 
 
-def _range(schedule: NoiseSchedule) -> tuple[float, float]:
+def lambda_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Half log-SNR of the noisy end, or a floor where that is too low, and of the first training step."""
     return max(float(schedule.lambda_(schedule.t_max)), LAMBDA_FLOOR), float(schedule.lambda_(schedule.t_min))
 
 
@@ -178,7 +177,7 @@ def solve(problem: Problem, steps: int = 100, progress: Callable[[], object] = l
     The noisy end may be pure noise; what lies before :data:`LAMBDA_FLOOR` is one first-order step.
     """
     schedule, everything = problem.schedule, slice(0, len(problem.noise))
-    low, high = _range(schedule)
+    low, high = lambda_range(schedule)
     lambdas = np.linspace(low, high, steps + 1)
     noise = problem.noise.to(working_dtype(problem.noise))
     start = _Level.start(schedule)
@@ -227,7 +226,7 @@ def _unrolled(
         zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
         levels.append(_Level(zero, one, zero))
     else:
-        levels.append(_Level.at(schedule, torch.tensor(_range(schedule)[1], dtype=torch.float64)))
+        levels.append(_Level.at(schedule, torch.tensor(lambda_range(schedule)[1], dtype=torch.float64)))
     x = problem.noise[rows]
     x = x.to(working_dtype(x))
     beliefs: list[Tensor] = []
@@ -262,21 +261,65 @@ def judge(problem: Problem, truth: Truth, table: Table, rows: slice) -> Array:
 
 
 def _lambdas(schedule: NoiseSchedule, times: Array) -> Array:
-    low, high = _range(schedule)
+    low, high = lambda_range(schedule)
     return np.clip(schedule.lambda_(times), low, high)
 
 
+def places_of(schedule: NoiseSchedule, times: Array) -> Array:
+    """(n,) places of times in the range of half log-SNR, 0 its noisy end and 1 the first training step."""
+    low, high = lambda_range(schedule)
+    return np.append(0.0, ((_lambdas(schedule, times) - low) / (high - low))[1:])
+
+
+def times_at(schedule: NoiseSchedule, places: Array | Sequence[float]) -> Array:
+    """The times at places, the first of which is the noisy end: the inverse of :func:`places_of`."""
+    low, high = lambda_range(schedule)
+    return times_of(schedule, low + np.asarray(places) * (high - low))
+
+
+def times_of(schedule: NoiseSchedule, lambdas: Array) -> Array:
+    """The times at half log-SNRs, of which the first is the noisy end, where it may be infinite."""
+    times = np.array([float(schedule.t_of_lambda(v)) for v in lambdas])
+    times[0] = schedule.t_max
+    return times
+
+
 # ------------------------------------------------------------------------------------------------ the fit
+
+
+#: ``(n,) half log-SNR of the evaluations -> (n, n) weights``, as a solver on that grid has them.
+Follow = Callable[[Array], Array]
+
+
+class _Followed(torch.autograd.Function):
+    """The weights that a solver has on a grid; their slopes by differences, for which no network is asked."""
+
+    @staticmethod
+    def forward(ctx: Any, lambdas: Tensor, follow: Follow) -> Tensor:  # type: ignore[override]
+        values, step = lambdas.detach().numpy(), MIN_GAP / 10
+        slopes = [np.zeros((len(values), len(values)))]  # the first place is pinned
+        for k in range(1, len(values)):
+            around = [values + s * step * (np.arange(len(values)) == k) for s in (-1, 1)]
+            low, high = (follow(v) for v in around)
+            slopes.append((high - low) / (2 * step))
+        ctx.slopes = np.stack(slopes)
+        return torch.from_numpy(follow(values))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.einsum("kij,ij->k", torch.from_numpy(ctx.slopes), gradient), None
 
 
 class _Parameters:
     """What is learnt: logarithms of the gaps between evaluations, and the weights of earlier ones.
 
     Both ends are pinned: the first evaluation, and the clean end of the schedule's range behind the last one.
+    With `follow` the weights are not learnt but those that a solver has at these places.
     """
 
-    def __init__(self, problem: Problem, start: Table, window: int) -> None:
-        low, high = _range(problem.schedule)
+    def __init__(self, problem: Problem, start: Table, window: int, follow: Follow | None = None) -> None:
+        self._follow = follow
+        low, high = lambda_range(problem.schedule)
         nodes = np.append(_lambdas(problem.schedule, start.times), high)
         nodes[0] = low
         gaps = np.maximum(np.diff(nodes), 2 * MIN_GAP)
@@ -295,6 +338,9 @@ class _Parameters:
         rest[np.diag_indices(n)] = 0.0
         self._rest = torch.from_numpy(rest)
 
+    def learnt(self) -> list[Tensor]:
+        return [self.gaps, self.weights] if self._follow is None else [self.gaps]
+
     def lambdas(self) -> Tensor:
         """(n,) increasing, ends pinned."""
         gaps = MIN_GAP + self._slack * torch.softmax(self.gaps, 0)
@@ -302,6 +348,8 @@ class _Parameters:
 
     def matrix(self) -> Tensor:
         """(n, n) weights whose rows sum to 1."""
+        if self._follow is not None:
+            return _Followed.apply(self.lambdas(), self._follow)  # type: ignore[no-any-return, no-untyped-call]
         n = len(self._rest)
         older = self._rest
         if self._older:
@@ -312,9 +360,7 @@ class _Parameters:
     def table(self, schedule: NoiseSchedule) -> Table:
         with torch.no_grad():
             lambdas, weights = self.lambdas().numpy(), self.matrix().numpy()
-        times = np.array([float(schedule.t_of_lambda(v)) for v in lambdas])
-        times[0] = schedule.t_max
-        return Table(times, weights / weights.sum(1, keepdims=True))
+        return Table(times_of(schedule, lambdas), weights / weights.sum(1, keepdims=True))
 
 
 def fit(
@@ -326,6 +372,7 @@ def fit(
     iterations: int = 250,
     learning_rate: float = 0.02,
     window: int = 3,
+    follow: Follow | None = None,
     recompute: bool = False,
     check_every: int = 10,
     progress: Callable[[], object] = lambda: None,
@@ -339,13 +386,14 @@ def fit(
         trajectory: 0.1, or 0.5 for large guidance.
         iterations, learning_rate: of Adam, the rate on a cosine to 0.
         window: weights of so many newest evaluations are learnt.
+        follow: learn the times alone, with the weights that a solver has there (:func:`following`).
         recompute: save memory by evaluating the network again in the backward pass.
         check_every: iterations between looks at the held-out noises.
     """
     fitted, held_out = problem.halves
     known = truth.rows(fitted)
-    parameters = _Parameters(problem, start, window)
-    learnt = [parameters.gaps, parameters.weights]
+    parameters = _Parameters(problem, start, window, follow)
+    learnt = parameters.learnt()
     optimizer = torch.optim.Adam(learnt, lr=learning_rate, betas=(0.9, 0.99))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     best = Fit(start, judge(problem, truth, start, held_out))
@@ -375,86 +423,3 @@ def fit(
 
 def _lambda(level: _Level) -> Tensor:
     return level.alpha.log() - level.sigma.log()
-
-
-# ------------------------------------------------------------------------------------------------ the whole
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What came of fitting one number of steps.
-
-    Attributes:
-        chosen: the table to use.
-        baselines: name of each known solver -> it as a table, and what it does, best first.
-        improved: whether ``chosen`` is a fit; else it is the best known solver that is a table.
-        warnings: sentences.
-    """
-
-    chosen: Fit
-    baselines: Mapping[str, Fit]
-    improved: bool
-    warnings: tuple[str, ...] = ()
-
-
-def calibrate(
-    problem: Problem,
-    truth: Truth,
-    starts: Mapping[str, PlanScheduler],
-    count: int,
-    *,
-    trajectories: Sequence[float] = (0.1, 0.5),
-    fits: int = 2,
-    mu: float | None = None,
-    progress: Callable[[], object] = lambda: None,
-    **options: Any,
-) -> Calibration:
-    """Fit a table of ``count`` steps from the best of several solvers, and take it if it is better.
-
-    Args:
-        starts: solvers to start from and to compare with, by name; those that are no tables are left out.
-        trajectories: fits are made with each of these weights of the states on the way.
-        fits: from so many of the best solvers.
-        mu: shift of a flow model's grid, for the solvers.
-        options: of :func:`fit`.
-
-    Raises:
-        UserError: no solver is a table.
-    """
-    _, held_out = problem.halves
-    baselines = {}
-    for name, scheduler in starts.items():
-        try:
-            times, weights = trace(scheduler, count, mu=mu)
-            table = Table(times[:-1], weights, {"start": name})
-        except UserError:
-            continue
-        baselines[name] = Fit(table, judge(problem, truth, table, held_out))
-    if not baselines:
-        raise UserError("none of the solvers to start from is a linear multistep method in data form")
-    ranked = dict(sorted(baselines.items(), key=lambda item: item[1].score))
-    found = []
-    for name, known in list(ranked.items())[:fits]:
-        for trajectory in trajectories:
-            made = fit(problem, truth, known.table, trajectory=trajectory, progress=progress, **options)
-            found.append(replace(made, table=replace(made.table, info={"start": name})))
-    best_name, best = next(iter(ranked.items()))
-    chosen = min(found, key=lambda made: made.score)
-    improved = chosen.score < best.score
-    if not improved:
-        chosen = best
-    warnings = []
-    if np.abs(chosen.table.weights).max() > LARGE_WEIGHT:
-        warnings.append(f"the table of {count} steps has weights above {LARGE_WEIGHT:g}: look at its images")
-    info = {
-        "start": chosen.table.info["start"],
-        "fitted": improved,
-        "held_out_error": float(chosen.errors.mean()),
-        "held_out_p90": float(np.quantile(chosen.errors, 0.9)),
-        "best_known": best_name,
-        "best_known_error": float(best.errors.mean()),
-        "best_known_p90": float(np.quantile(best.errors, 0.9)),
-        "noises": len(problem.noise),
-    }
-    chosen = replace(chosen, table=replace(chosen.table, info=info))
-    return Calibration(chosen, ranked, improved, tuple(warnings))

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from diffalign import cli
 from diffalign.bench.networks import tiny_pipeline
-from diffalign.calibrate.plan import CalibratePlanConfig, problem_of
+from diffalign.calibrate.plan import CalibratePlanConfig
+from diffalign.calibrate.tables import problem_of
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.solvers import CalibratedScheduler
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_solver(monkeypatch):
     """To start from and to compare with, where there are twenty."""
-    monkeypatch.setattr("diffalign.calibrate.plan.GRIDS", ("logsnr",))
-    monkeypatch.setattr("diffalign.calibrate.plan.SOLVERS", ("dpm-solver++",))
+    monkeypatch.setattr("diffalign.calibrate.tables.GRIDS", ("logsnr",))
+    monkeypatch.setattr("diffalign.calibrate.tables.SOLVERS", ("dpm-solver++",))
 
 
 def calibrate(folder, out, *more):
@@ -62,9 +63,9 @@ def test_tables_are_fitted_stored_loaded_and_sampled_with(folder, tmp_path, caps
 
 
 def test_an_interrupted_fit_goes_on(folder, tmp_path, monkeypatch):
-    from diffalign.solvers import fitting
+    from diffalign.solvers import selection
 
-    done, whole = [], fitting.calibrate
+    done, whole = [], selection.calibrate
 
     def interrupted(problem, truth, starts, count, **options):
         if done:
@@ -72,12 +73,12 @@ def test_an_interrupted_fit_goes_on(folder, tmp_path, monkeypatch):
         done.append(count)
         return whole(problem, truth, starts, count, **options)
 
-    monkeypatch.setattr(fitting, "calibrate", interrupted)
+    monkeypatch.setattr(selection, "calibrate", interrupted)
     out = tmp_path / "parts"
     assert calibrate(folder, out, "--num_inference_steps", "3", "4") == 130
     assert done == [3]
     first = CalibratedScheduler.from_pretrained(out, subfolder="scheduler").tables.of(3)
-    monkeypatch.setattr(fitting, "calibrate", whole)
+    monkeypatch.setattr(selection, "calibrate", whole)
     assert calibrate(folder, out, "--num_inference_steps", "3", "4") == 0
     tables = CalibratedScheduler.from_pretrained(out, subfolder="scheduler").tables
     assert (tables.of(3).weights == first.weights).all()

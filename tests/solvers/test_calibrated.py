@@ -13,7 +13,10 @@ from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.errors import UserError
 from diffalign.solvers import (
     CalibratedScheduler,
+    DDIMScheduler,
     DPMSolverPPScheduler,
+    DPMSolverScheduler,
+    DPMSolverV3Scheduler,
     GaussianMixture,
     NoiseSchedule,
     PNDMScheduler,
@@ -21,7 +24,19 @@ from diffalign.solvers import (
     sample,
 )
 from diffalign.solvers.calibrated import Table, Tables, started_late, trace
-from diffalign.solvers.fitting import Problem, _relative, _unrolled, calibrate, fit, judge, solve
+from diffalign.solvers.evolution import Space
+from diffalign.solvers.fitting import (
+    Problem,
+    _Followed,
+    _relative,
+    _unrolled,
+    fit,
+    judge,
+    places_of,
+    solve,
+    times_at,
+)
+from diffalign.solvers.selection import calibrate, following, known, search
 
 SCHEDULE = NoiseSchedule.from_config(SD_SCHEDULER)
 MIXTURE = GaussianMixture.random((2, 3, 3), components=4, seed=3)
@@ -45,6 +60,11 @@ def solver(cls=DPMSolverPPScheduler, **options):
 def scheduler_of(tables, **options):
     content = Tables(tables, SCHEDULE.fingerprint(), info={"guidance_scale": 4.0})
     return CalibratedScheduler.from_config(SD_SCHEDULER, tables=content, **options)
+
+
+def as_scheduler(times, weights, final="zero"):
+    tables = Tables({len(times): Table(times, weights)}, SCHEDULE.fingerprint(), final)
+    return CalibratedScheduler.from_config(SD_SCHEDULER, tables=tables)
 
 
 KNOWN = {
@@ -76,10 +96,45 @@ def test_a_traced_table_is_the_solver(name, final):
     assert len(table.timesteps) == table.num_inference_steps == 7
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (DDIMScheduler, {}),
+        (DPMSolverScheduler, {"solver_order": 3}),
+        (DPMSolverScheduler, {"solver_order": 2, "solver_method": "singlestep"}),
+        (DPMSolverPPScheduler, {"solver_order": 3, "solver_method": "singlestep"}),
+        (UniPCScheduler, {"solver_order": 2, "predict_x0": False, "final_sigmas_type": "sigma_min"}),
+        (PNDMScheduler, {"variant": "plms"}),
+        (DPMSolverV3Scheduler, {}),
+    ],
+)
+def test_noise_form_stages_and_correctors_are_tables_too(cls, options):
+    known = solver(cls, **options)
+    final = known._final()
+    times, weights = trace(known, 6)
+    network = MIXTURE.model(SCHEDULE)
+    noise = torch.randn(3, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = sample(network, noise, known, num_inference_steps=6)
+    found = sample(network, noise, as_scheduler(times[:-1], weights, final), num_inference_steps=6)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_solver_on_custom_times_is_a_table_there():
+    chosen = [999.0, 700.5, 333.3, 20.0]
+    known = solver(UniPCScheduler, solver_order=3)
+    times, weights = trace(known, timesteps=chosen)
+    np.testing.assert_allclose(times[:-1], chosen, rtol=1e-6)  # the network is told float32
+    network = MIXTURE.model(SCHEDULE)
+    noise = torch.randn(3, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = sample(network, noise, known, timesteps=chosen)
+    found = sample(network, noise, as_scheduler(times[:-1], weights), num_inference_steps=4)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_other_forms_are_no_tables():
-    for known in (solver(PNDMScheduler), solver(algorithm_type="sde-dpmsolver++")):
-        with pytest.raises(UserError, match="no linear multistep method in data form"):
-            trace(known, 6)
+    for other in (solver(PNDMScheduler, variant="f-pndm"), solver(algorithm_type="sde-dpmsolver++")):
+        with pytest.raises(UserError, match="no linear multistep method"):
+            trace(other, 6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -207,7 +262,7 @@ def calibration():
     case = problem(64)
     truth = solve(case, 60)
     starts = {name: solver(cls, **options) for name, (cls, options) in KNOWN.items()}
-    starts["no table"] = solver(PNDMScheduler)
+    starts["no table"] = solver(PNDMScheduler, variant="f-pndm")
     return calibrate(case, truth, starts, 6, iterations=80, fits=1, trajectories=(0.1,))
 
 
@@ -241,7 +296,87 @@ def test_a_fit_that_does_not_help_is_dropped():
 def test_nothing_to_start_from_is_said():
     case = problem(4)
     with pytest.raises(UserError, match="none of the solvers"):
-        calibrate(case, solve(case, 20), {"pndm": solver(PNDMScheduler)}, 5)
+        calibrate(case, solve(case, 20), {"sde": solver(algorithm_type="sde-dpmsolver++")}, 5)
+
+
+def test_times_alone_are_fitted_with_the_weights_of_the_solver():
+    case = problem(32)
+    truth = solve(case, 60)
+    starts = {"2M": solver(solver_order=2, grid="time_uniform")}
+    result = calibrate(
+        case,
+        truth,
+        starts,
+        5,
+        fits=1,
+        trajectories=(0.1,),
+        iterations=40,
+        follow={name: following(one) for name, one in starts.items()},
+    )
+    table = result.chosen.table
+    assert result.improved
+    assert table.info["held_out_p90"] < 0.8 * table.info["best_known_p90"]
+    np.testing.assert_allclose(
+        trace(starts["2M"], timesteps=table.times.tolist())[1], table.weights, atol=1e-12
+    )
+
+
+def test_the_slopes_of_followed_weights():
+    """Against differences over a wider step."""
+    follow = following(solver(UniPCScheduler, solver_order=3))
+    times, _ = trace(solver(solver_order=2, grid="karras"), 5)
+    lambdas = torch.from_numpy(SCHEDULE.lambda_(times[:-1]) - 0.05 * np.arange(5)).requires_grad_()
+    pull = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 5)))
+    (_Followed.apply(lambdas, follow) * pull).sum().backward()
+    assert lambdas.grad[0] == 0
+    for k in (1, 3, 4):
+        step = 1e-3 * (np.arange(5) == k)
+        low, high = (follow(lambdas.detach().numpy() + s * step) for s in (-1, 1))
+        slope = ((high - low) * pull.numpy()).sum() / 2e-3
+        assert float(lambdas.grad[k]) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+
+
+def test_evolution_finds_times_and_solvers_without_gradients():
+    """From poor starts, never worse than these on the held-out noises, and much better on fresh ones."""
+    case = problem(32)
+    truth = solve(case, 60)
+    one = solver(solver_order=2, grid="time_uniform")
+    baselines = known(case, truth, {"2M": one}, 5)
+    start = places_of(SCHEDULE, baselines["2M"].table.times)
+    np.testing.assert_allclose(times_at(SCHEDULE, start), baselines["2M"].table.times, atol=1e-6)
+
+    def table_of(genome):
+        times = times_at(SCHEDULE, [place for (place,) in genome])
+        return Table(times, trace(one, timesteps=times.tolist())[1])
+
+    starts = {"2M": tuple((float(p),) for p in start)}
+    space = Space(((),) * 5)
+    result = search(case, truth, baselines, space, starts, table_of, population=12, generations=6)
+    info = result.chosen.table.info
+    assert result.improved
+    assert result.chosen.score < baselines["2M"].score
+    assert info["held_out_p90"] < 0.8 * info["best_known_p90"]
+    fresh = problem(256, seed=7)
+    exact = solve(fresh, 60)
+    errors = [
+        np.quantile(judge(fresh, exact, made.table, slice(0, 256)), 0.9)
+        for made in (result.chosen, baselines["2M"])
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_search_that_finds_nothing_better_keeps_the_known_solver():
+    case = problem(8)
+    truth = solve(case, 40)
+    baselines = known(case, truth, {"2M": solver(solver_order=2)}, 5)
+    bad = Table(np.array([999.0, 5.0, 4.0, 3.0, 2.0]), np.eye(5))
+    start = {"2M": tuple((p,) for p in (0.0, 0.2, 0.4, 0.6, 0.8))}
+    result = search(
+        case, truth, baselines, Space(((),) * 5), start, lambda genome: bad, population=4, generations=1
+    )
+    assert not result.improved
+    assert result.chosen.table.info["best_known"] == "2M"
+    np.testing.assert_array_equal(result.chosen.table.weights, baselines["2M"].table.weights)
 
 
 # ------------------------------------------------------------------------------------------- the scheduler

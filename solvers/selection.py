@@ -1,0 +1,194 @@
+"""Samplers for one model: the known solvers as tables, fits and searches from them, and which one is taken.
+
+Whatever is found is judged on noises that it was not found with, and taken only if it beats every known
+solver there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from diffalign.errors import UserError
+from diffalign.solvers.calibrated import Table, trace
+from diffalign.solvers.evolution import Genome, Space, evolve
+from diffalign.solvers.fitting import Fit, Follow, Problem, Truth, fit, judge, lambda_range, times_of
+from diffalign.solvers.scheduler import Array, PlanScheduler
+
+LARGE_WEIGHT = 5.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came of fitting one number of steps.
+
+    Attributes:
+        chosen: the table to use.
+        baselines: name of each known solver -> it as a table, and what it does, best first.
+        improved: whether ``chosen`` is a fit; else it is the best known solver that is a table.
+        warnings: sentences.
+    """
+
+    chosen: Fit
+    baselines: Mapping[str, Fit]
+    improved: bool
+    warnings: tuple[str, ...] = ()
+
+
+def known(
+    problem: Problem,
+    truth: Truth,
+    starts: Mapping[str, PlanScheduler],
+    count: int,
+    *,
+    mu: float | None = None,
+) -> dict[str, Fit]:
+    """Several solvers as tables of `count` steps, by name, the best on the held-out noises first.
+
+    Args:
+        starts: the solvers; those that are no tables are left out.
+        mu: shift of a flow model's grid.
+
+    Raises:
+        UserError: no solver is a table.
+    """
+    _, held_out = problem.halves
+    baselines = {}
+    for name, scheduler in starts.items():
+        try:
+            times, weights = trace(scheduler, count, mu=mu)
+            table = Table(times[:-1], weights, {"start": name})
+        except UserError:
+            continue
+        baselines[name] = Fit(table, judge(problem, truth, table, held_out))
+    if not baselines:
+        raise UserError("none of the solvers to start from is a linear multistep method")
+    return dict(sorted(baselines.items(), key=lambda item: item[1].score))
+
+
+def settled(
+    problem: Problem, baselines: Mapping[str, Fit], found: Sequence[Fit], more: Mapping[str, Any] = {}
+) -> Calibration:
+    """The best of `found` if it beats the best known solver on the held-out noises, else that solver.
+
+    Args:
+        baselines: from :func:`known`.
+        found: judged on the held-out noises; their tables' info is kept.
+        more: for the info of the table.
+    """
+    best_name, best = next(iter(baselines.items()))
+    chosen = min(found, key=lambda made: made.score, default=best)
+    improved = chosen.score < best.score
+    if not improved:
+        chosen = best
+    count, warnings = len(chosen.table), []
+    if np.abs(chosen.table.weights).max() > LARGE_WEIGHT:
+        warnings.append(f"the table of {count} steps has weights above {LARGE_WEIGHT:g}: look at its images")
+    info = {
+        **chosen.table.info,
+        "fitted": improved,
+        "held_out_error": float(chosen.errors.mean()),
+        "held_out_p90": float(np.quantile(chosen.errors, 0.9)),
+        "best_known": best_name,
+        "best_known_error": float(best.errors.mean()),
+        "best_known_p90": float(np.quantile(best.errors, 0.9)),
+        "noises": len(problem.noise),
+        **more,
+    }
+    chosen = replace(chosen, table=replace(chosen.table, info=info))
+    return Calibration(chosen, baselines, improved, tuple(warnings))
+
+
+def calibrate(
+    problem: Problem,
+    truth: Truth,
+    starts: Mapping[str, PlanScheduler],
+    count: int,
+    *,
+    trajectories: Sequence[float] = (0.1, 0.5),
+    fits: int = 2,
+    mu: float | None = None,
+    follow: Mapping[str, Follow] | None = None,
+    progress: Callable[[], object] = lambda: None,
+    **options: Any,
+) -> Calibration:
+    """Fit a table of ``count`` steps from the best of several solvers, and take it if it is better.
+
+    Args:
+        starts: solvers to start from and to compare with, by name; those that are no tables are left out.
+        trajectories: fits are made with each of these weights of the states on the way.
+        fits: from so many of the best solvers.
+        mu: shift of a flow model's grid, for the solvers.
+        follow: solver -> the weights that it has on a grid, to learn the times alone.
+        options: of :func:`fit`.
+
+    Raises:
+        UserError: no solver is a table.
+    """
+    ranked = known(problem, truth, starts, count, mu=mu)
+    found = []
+    for name, start in list(ranked.items())[:fits]:
+        own = follow[name] if follow else None
+        for trajectory in trajectories:
+            made = fit(
+                problem, truth, start.table, trajectory=trajectory, follow=own, progress=progress, **options
+            )
+            found.append(replace(made, table=replace(made.table, info={"start": name})))
+    return settled(problem, ranked, found)
+
+
+# ------------------------------------------------------------------------------------------------ searches
+
+
+def following(scheduler: PlanScheduler) -> Follow:
+    """The weights that a solver has where it is told to ask the network: :func:`trace` on custom times."""
+
+    def weights(lambdas: Array) -> Array:
+        low, high = lambda_range(scheduler.schedule)
+        times = times_of(scheduler.schedule, np.clip(lambdas, low, high))
+        return trace(scheduler, timesteps=times.tolist())[1]
+
+    return weights
+
+
+def search(
+    problem: Problem,
+    truth: Truth,
+    baselines: Mapping[str, Fit],
+    space: Space,
+    starts: Mapping[str, Genome],
+    table_of: Callable[[Genome], Table],
+    *,
+    finalists: int = 5,
+    more: Callable[[Genome], Mapping[str, Any]] = lambda genome: {},
+    **options: Any,
+) -> Calibration:
+    """The best sampler that an evolutionary search finds, without gradients, if it beats the known ones.
+
+    Candidates are judged by :attr:`Fit.score` on the half of the noises that is not held out, all on the same
+    ones; the finalists on the held-out half.
+
+    Args:
+        baselines: from :func:`known`.
+        space: where to search.
+        starts: name of each baseline -> its genome.
+        table_of: the sampler that a genome means.
+        finalists: how many of the best are judged on the held-out noises.
+        more: what a table's info says of its genome, JSON.
+        options: of :func:`~diffalign.solvers.evolution.evolve`.
+    """
+    fitted, held_out = problem.halves
+
+    def score(genome: Genome) -> float:
+        table = table_of(genome)
+        return Fit(table, judge(problem, truth, table, fitted)).score
+
+    evolved = evolve(space, score, starts.values(), **options)
+    found = []
+    for genome in evolved.best(finalists):
+        table = replace(table_of(genome), info={"start": "evolution", **more(genome)})
+        found.append(Fit(table, judge(problem, truth, table, held_out)))
+    return settled(problem, baselines, found, {"candidates": len(evolved.scores)})
