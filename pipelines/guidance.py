@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.likelihood import guided
 from diffalign.models.base import EmptyCaption, ModelAdapter
 
@@ -69,7 +70,12 @@ def guidance_for(
         resolution: side in pixels of the images, which are taken as uncropped; the model's own by default.
         empty_caption: what guidance steers away from.
         batch_size: prompts encoded at once.
+
+    Raises:
+        UserError: for a refiner, which draws nothing from noise.
     """
+    if adapter.time_share < 1:
+        raise UserError("a refiner changes images and draws none from noise: that is the base model's part")
     side = torch.tensor([resolution or adapter.default_resolution] * 2)
 
     def told(rows: int) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ JOINT_ATTENTION = (
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.models.sd:SDAdapter",
     "StableDiffusionXLPipeline": "diffalign.models.sdxl:SDXLAdapter",
+    "StableDiffusionXLImg2ImgPipeline": "diffalign.models.sdxl:SDXLAdapter",
     "StableDiffusion3Pipeline": "diffalign.models.sd3:SD3Adapter",
     "FluxPipeline": "diffalign.models.flux:FluxAdapter",
     "WanPipeline": "diffalign.models.video:WanAdapter",
@@ -121,6 +122,12 @@ class ModelAdapter(ABC):
     @property
     def _zeros_when_empty(self) -> bool:
         return False
+
+    @property
+    def time_share(self) -> float:
+        """Share of the times, from the clean end on, that the network knows: below 1 for a refiner, which
+        starts from images that another model has made."""
+        return 1.0
 
     def check_clip(self, clip: Sequence[int]) -> None:
         """Refuse a size (frames, height, width) that the model cannot be shown; empty stands for images.

@@ -1,4 +1,7 @@
-"""Stable Diffusion XL: two CLIPs, and a network that is told the size and crop of what it was shown."""
+"""Stable Diffusion XL: two CLIPs, and a network that is told the size and crop of what it was shown.
+
+Its refiner has one CLIP, and is told how beautiful the image is in place of the target size.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ from torch import Tensor, nn
 from diffalign.likelihood import Conditions
 from diffalign.models.sd import SDAdapter
 
+# What the pipeline tells a refiner of an image that it should make.
+AESTHETIC_SCORE = 6.0
+
 
 class SDXLAdapter(SDAdapter):
-    """A ``StableDiffusionXLPipeline``.
+    """A ``StableDiffusionXLPipeline``, or a ``StableDiffusionXLImg2ImgPipeline`` of the base or the refiner.
 
     Conditions: ``prompt_embeds (rows, tokens, width)``, ``pooled (rows, width)`` and ``time_ids (rows, 6)``:
-    original size, crop corner and target size in pixels, height first. Without ``time_ids`` the image is
-    taken as uncropped and of the model's default size.
+    original size, crop corner and target size in pixels, height first; of a refiner ``(rows, 5)``, original
+    size, crop corner and the aesthetic score, 6. Without ``time_ids`` the image is taken as uncropped and of
+    the model's default size.
     """
 
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
@@ -24,8 +31,8 @@ class SDXLAdapter(SDAdapter):
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         ids = cond.get("time_ids")
         if ids is None:
-            side = float(self.default_resolution)
-            ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=x_t.device).expand(len(x_t), -1)
+            whole = torch.full((len(x_t), 2), self.default_resolution, device=x_t.device)
+            ids = self.size_conditions(whole, torch.zeros_like(whole), whole)["time_ids"]
         dtype = self.dtype
         return network(
             x_t.to(dtype),
@@ -52,4 +59,14 @@ class SDXLAdapter(SDAdapter):
     def size_conditions(
         self, original_size: Tensor, crop_top_left: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
-        return {"time_ids": torch.cat([original_size, crop_top_left, target], 1).float()}
+        last = torch.full_like(target[:, :1], AESTHETIC_SCORE) if self._refiner else target
+        return {"time_ids": torch.cat([original_size, crop_top_left, last], 1).float()}
+
+    @property
+    def _refiner(self) -> bool:
+        return bool(self.pipeline.config.get("requires_aesthetics_score"))
+
+    @property
+    def time_share(self) -> float:
+        """The refiner was trained on the last 200 of 1000 times."""
+        return 0.2 if self._refiner else 1.0

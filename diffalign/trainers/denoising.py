@@ -42,7 +42,7 @@ class DenoisingConfig(TrainConfig):
 
     Args:
         timestep_sampling: how times are drawn: uniform, or logit_normal (Esser et al. 2024). Flow models
-            shift what is drawn as their scheduler does.
+            shift what is drawn as their scheduler does; a refiner is shown the last fifth of the times only.
         logit_mean: of logit_normal; above 0 prefers the noisy end.
         logit_std: of logit_normal.
         stratified_times: spread the times of a step evenly: each draw of the global batch has its own part of
@@ -348,7 +348,7 @@ class DenoisingTrainer(Trainer[D]):
         if config.timesteps:
             t = float(numbers.choice(config.timesteps))
             return t if schedule.is_flow else int(t)
-        return draws.time(numbers, schedule, config.timestep_sampling, **self._logit)
+        return self._known(draws.time(numbers, schedule, config.timestep_sampling, **self._logit))
 
     def _time_of(self, u: float) -> float:
         """:meth:`_time` for a uniform number."""
@@ -356,7 +356,12 @@ class DenoisingTrainer(Trainer[D]):
         if config.timesteps:
             t = float(sorted(config.timesteps)[int(u * len(config.timesteps))])
             return t if schedule.is_flow else int(t)
-        return draws.time_of(u, schedule, config.timestep_sampling, **self._logit)
+        return self._known(draws.time_of(u, schedule, config.timestep_sampling, **self._logit))
+
+    def _known(self, t: float) -> float:
+        """A time of the whole schedule, moved into the part that the network knows."""
+        share = self.adapter.time_share
+        return t if share == 1 else int(share * t)
 
     @property
     def _logit(self) -> dict[str, float]:
@@ -429,7 +434,7 @@ class DenoisingTrainer(Trainer[D]):
         return _Draw(("validation", row, number), number, self._validation_time(number))
 
     def _validation_time(self, number: int) -> float:
-        return draws.time_at(self.adapter.schedule, validation.TIMES[number])
+        return self._known(draws.time_at(self.adapter.schedule, validation.TIMES[number]))
 
     def _fixed_errors(
         self,

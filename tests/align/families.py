@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -73,32 +74,51 @@ def _t5() -> Any:
     return T5EncoderModel(config), fast
 
 
-def sdxl() -> StableDiffusionXLPipeline:
-    clip, tokenizer = _clip(CLIPTextModel)
-    clip_2, tokenizer_2 = _clip(CLIPTextModelWithProjection)
-    unet = UNet2DConditionModel(
+def _sdxl_unet(width: int, ids: int) -> UNet2DConditionModel:
+    """Text of that width, so many numbers on size and crop."""
+    return UNet2DConditionModel(
         sample_size=4,
         block_out_channels=(16,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type=None,
         layers_per_block=1,
-        cross_attention_dim=64,
+        cross_attention_dim=width,
         attention_head_dim=8,
         norm_num_groups=4,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * 6 + 32,
+        projection_class_embeddings_input_dim=8 * ids + 32,
     )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    clip, tokenizer = _clip(CLIPTextModel)
+    clip_2, tokenizer_2 = _clip(CLIPTextModelWithProjection)
     return StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=clip,
         text_encoder_2=clip_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=unet,
+        unet=_sdxl_unet(width=64, ids=6),
         scheduler=EulerDiscreteScheduler.from_config(SD_SCHEDULER),
+    )
+
+
+def sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
+    clip, tokenizer = _clip(CLIPTextModelWithProjection)
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=_vae(),
+        text_encoder=None,
+        text_encoder_2=clip,
+        tokenizer=None,
+        tokenizer_2=tokenizer,
+        unet=_sdxl_unet(width=32, ids=5),
+        scheduler=EulerDiscreteScheduler.from_config(SD_SCHEDULER),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     )
 
 
@@ -205,7 +225,7 @@ def wan(**options: Any) -> WanPipeline:
     )
 
 
-BUILDERS = {"sd": tiny_pipeline, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+BUILDERS = {"sd": tiny_pipeline, "sdxl": sdxl, "sdxl-refiner": sdxl_refiner, "sd3": sd3, "flux": flux}
 VIDEO_BUILDERS = {"wan": wan}
 
 

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from diffalign.data import PairDataset
+from diffalign.errors import UserError
 from diffalign.models import load_adapter
 from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer
 from tests.align.families import BUILDERS, build
@@ -30,7 +32,11 @@ def first_call(pipe, monkeypatch, prompt="a red star", **options):
 
     monkeypatch.setattr(module, "forward", spy)
     size = adapter.default_resolution
-    pipe(prompt, num_inference_steps=2, height=size, width=size, output_type="latent", **options)
+    if "Img2Img" in type(pipe).__name__:
+        options |= {"image": torch.rand(1, 3, size, size), "strength": 1.0}
+    else:
+        options |= {"height": size, "width": size}
+    pipe(prompt, num_inference_steps=2, output_type="latent", **options)
     monkeypatch.setattr(module, "forward", forward)
     return adapter, seen
 
@@ -156,6 +162,28 @@ def test_sdxl_is_told_the_size_and_crop_of_each_image(run_of):
     as_published = run_of("sdxl", resolution=8, time_ids="resolution", overwrite=True)
     as_published.train()
     assert (as_published.batch(0, range(3)).cond["time_ids"] == torch.tensor([8.0, 8, 0, 0, 8, 8])).all()
+
+
+def test_a_refiner_is_told_a_score_and_shown_the_times_it_knows(run_of):
+    run = run_of(
+        "sdxl-refiner", resolution=8, timestep_sampling="uniform", validation_share=0.3, validation_steps=2
+    )
+    run.train()
+    batches = [run.batch(step, range(3)) for step in range(40)]
+    assert batches[0].cond["time_ids"][0].tolist() == [8, 8, 0, 0, 6.0]
+    times = torch.cat([batch.t for batch in batches])
+    assert times.max() < 200
+    assert times.float().mean() == pytest.approx(100, abs=25)
+    assert [run._validation_time(k) for k in (0, 7)] == [12, 187]
+    base = load_adapter(build("sdxl"))
+    as_image_to_image = load_adapter(StableDiffusionXLImg2ImgPipeline(**base.pipeline.components))
+    assert (run.adapter.time_share, as_image_to_image.time_share) == (0.2, 1)
+    assert as_image_to_image.size_conditions(*torch.ones(3, 1, 2))["time_ids"].shape == (1, 6)
+
+
+def test_a_refiner_draws_no_pictures_from_noise(run_of):
+    with pytest.raises(UserError, match="base model's part"):
+        run_of("sdxl-refiner", validation_prompts=["a star"], validation_steps=1).train()
 
 
 def test_an_empty_caption_is_what_the_pipeline_takes_for_none():
