@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffalign.bench.plots import before_after, draw_errors, name_styles, nfe_axis
 from diffalign.output import write_text
 from diffalign.report import PALETTE, figure_png, figure_uri, new_figure, png_uri, render, save_png, tile
 
@@ -28,9 +29,9 @@ def write_report(
     error = error_figure(comparison)
     save_png(folder / "sampling_error.png", figure_png(error))
     grids = sampler_grids(config, comparison)
-    before_after = contest_sheet(contest)
+    aligned = before_after(contest.base, contest.aligned, contest.base_true, contest.aligned_true)
     save_png(folder / "sampling.png", np.concatenate([g["pixels"] for g in grids]))
-    save_png(folder / "aligned.png", before_after)
+    save_png(folder / "aligned.png", aligned)
     page = render(
         "demo.html",
         config=config,
@@ -40,7 +41,7 @@ def write_report(
         rows=sampler_rows(comparison),
         pairs=pair_examples(candidates[0], config.margin),
         curves=figure_uri(curves_figure([t["log"] for t in summary["training"]])),
-        contest=png_uri(before_after),
+        contest=png_uri(aligned),
         kinds=kind_rows(contest),
         commands=commands(config, folder),
     )
@@ -49,41 +50,36 @@ def write_report(
 
 def error_figure(comparison: Comparison) -> Any:
     """Median distance from the converged latents, and share of true captions, against network evaluations."""
-    from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import PercentFormatter
 
     figure, (left, right) = new_figure(10, 3.5, columns=2)
-    for name, colour in zip(_names(comparison), (PALETTE["ours"], PALETTE["theirs"]), strict=True):
-        rows = [row for row in comparison.rows if row.sampler == name]
-        nfe = [r.nfe for r in rows]
-        left.plot(nfe, [r.error_median for r in rows], marker="o", markersize=4, color=colour, label=name)
-        right.plot(nfe, [r.scores["true"] for r in rows], marker="o", markersize=4, color=colour, label=name)
-    left.axhline(comparison.reference_error, color=PALETTE["muted"], lw=1, ls=":", label="yardstick itself")
-    left.set(xscale="log", yscale="log", ylabel="relative error of the latents (median)")
-    right.set(xscale="log", ylim=(0, 1), ylabel="captions true of the image")
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in (left, right):
-        axes.set_xlabel("network evaluations")
-        axes.set_xticks(sorted({round(row.nfe) for row in comparison.rows}))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
+    draw_errors(left, comparison.rows, comparison.reference_error)
     left.legend(frameon=False, fontsize=9)
+    for name, style in name_styles(comparison.samplers).items():
+        rows = [row for row in comparison.rows if row.sampler == name]
+        right.plot([r.nfe for r in rows], [r.scores["true"] for r in rows], markersize=4.5, **style)
+    nfe_axis(right, [row.steps for row in comparison.rows])
+    right.set(ylim=(0, 1), ylabel="captions true of the image")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 def sampler_grids(config: DemoConfig, comparison: Comparison, shown: int = 8) -> list[dict[str, Any]]:
     """One sheet per sampler: a row per number of steps and the converged row, a column per caption."""
-    converged = next(images for (name, _), images in comparison.images.items() if name == "converged")[:shown]
+    (reference,) = comparison.references.values()
+    images = {(row.sampler, row.steps): row.images for row in comparison.rows}
+    converged = reference.images
     grids = []
-    for name in _names(comparison):
-        rows = [comparison.images[name, n][:shown] for n in config.sampler_steps]
-        sheet = tile(np.concatenate([*rows, converged]), len(converged))
-        grids.append({"name": name, "pixels": sheet})
+    for name in comparison.samplers:
+        drawn = [*(images[name, n] for n in config.sampler_steps), converged]
+        rows = [one[:shown] for one in drawn if one is not None]
+        grids.append({"name": name, "pixels": tile(np.concatenate(rows), len(rows[0]))})
     return grids
 
 
 def sampler_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """At each number of steps: median error and share of true captions, ours and theirs."""
-    ours, theirs = _names(comparison)
+    ours, theirs = comparison.samplers
     cells = {(r.sampler, r.steps): r for r in comparison.rows}
     return [
         {
@@ -140,25 +136,6 @@ def curves_figure(logs: list[list[dict[str, float]]], window: int = 20) -> Any:
     return figure
 
 
-def contest_sheet(contest: Contest, columns: int = 12) -> np.ndarray:
-    """Base above aligned, same caption and noise in a column; the frame says what the verifier says.
-
-    Columns are the first captions on which the two models are told apart, then the first of the rest.
-    """
-    order = np.argsort(contest.base_true == contest.aligned_true, kind="stable")
-    blocks = []
-    for start in range(0, min(2 * columns, len(order)), columns):
-        chosen = order[start : start + columns]
-        images = np.concatenate([contest.base[chosen], contest.aligned[chosen]])
-        true = np.concatenate([contest.base_true[chosen], contest.aligned_true[chosen]])
-        frames = [PALETTE["good"] if t else PALETTE["bad"] for t in true]
-        blocks.append(tile(images, len(chosen), frames=frames))
-    width = max(b.shape[1] for b in blocks)
-    gap = np.full((10, width, 3), 255, np.uint8)
-    padded = [np.pad(b, ((0, 0), (0, width - b.shape[1]), (0, 0)), constant_values=255) for b in blocks]
-    return np.concatenate([piece for block in padded for piece in (block, gap)][:-1])
-
-
 def kind_rows(contest: Contest) -> list[dict[str, Any]]:
     """Verifier accuracy of both models by kind of caption."""
     from diffalign.playground.captions import KINDS, parse
@@ -204,7 +181,3 @@ def commands(config: DemoConfig, folder: Path) -> list[dict[str, str]]:
         f'--steps {config.steps} --guidance {config.guidance:g} --prompts "two blue rings"'
     )
     return [{"title": title, "line": line} for title, line in lines.items()]
-
-
-def _names(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(row.sampler for row in comparison.rows))

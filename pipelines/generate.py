@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from diffalign.errors import UserError
+from diffalign.solvers import sample
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def denoiser(pipe: Any) -> torch.nn.Module:
     )
 
 
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline draws from prompts; one that does not, such as ``DDPMPipeline``, draws pixels."""
+    return "prompt" in inspect.signature(pipe.__call__).parameters
+
+
 def generate(
     pipe: Any,
     prompts: Sequence[str],
@@ -74,7 +81,8 @@ def generate(
     """Sample one image per prompt.
 
     Args:
-        pipe: a diffusers text-to-image pipeline; it decodes by itself, so any family works.
+        pipe: a diffusers text-to-image pipeline; it decodes by itself, so any family works. Or one that draws
+            pixels from noise alone, such as ``DDPMPipeline``: the prompts then only say how many.
         prompts: N prompts.
         seeds: N integers; image i depends on ``prompts[i]`` and ``seeds[i]`` alone, not on the batch.
         steps: ``num_inference_steps``.
@@ -91,12 +99,8 @@ def generate(
         raise UserError(
             f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt, at least one"
         )
-    known = inspect.signature(pipe.__call__).parameters
-    needed = ("prompt", "num_inference_steps", "guidance_scale", "generator", "callback_on_step_end")
-    for name in (*needed, *call):
-        if name not in known:
-            raise UserError(f"{type(pipe).__name__} does not take {name!r}, which this needs")
-    network = denoiser(pipe)
+    _check_call(pipe, guidance, call)
+    network: Any = denoiser(pipe)
     own, own_bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
     batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None, leave=False)
@@ -109,27 +113,68 @@ def generate(
         bar.update()
         return {}
 
+    def draw(chosen: list[str], generators: list[torch.Generator]) -> Any:
+        shared = dict(call)
+        if isinstance(negative := shared.get("negative_prompt"), str):
+            shared["negative_prompt"] = [negative] * len(chosen)
+        return pipe(
+            prompt=chosen,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            callback_on_step_end=after_step,
+            output_type="np",
+            **shared,
+        ).images
+
+    def draw_pixels(chosen: list[str], generators: list[torch.Generator]) -> Any:
+        # Not through the pipeline, which knows no scheduler but DDPM's: the loop that all of them share.
+        shape = (len(chosen), network.config.in_channels, *_sides(network.config.sample_size))
+        noise = randn_tensor(shape, generator=generators, device=network.device, dtype=network.dtype)
+        last["latents"] = sample(
+            lambda x, t: network(x, t, return_dict=False)[0],
+            noise,
+            pipe.scheduler,
+            num_inference_steps=steps,
+            generator=generators,
+            callback=lambda *_: bar.update(),
+        )
+        return (last["latents"] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+
+    drawn = draw if takes_prompts(pipe) else draw_pixels
     try:
         pipe.scheduler = scheduler if scheduler is not None else own
         pipe.set_progress_bar_config(disable=True)
         with count_evaluations(network) as calls, torch.no_grad(), bar:
             for batch in batches:
-                chosen = list(prompts[batch])
-                shared = dict(call)
-                if isinstance(negative := shared.get("negative_prompt"), str):
-                    shared["negative_prompt"] = [negative] * len(chosen)
-                drawn = pipe(
-                    prompt=chosen,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[batch]],
-                    callback_on_step_end=after_step,
-                    output_type="np",
-                    **shared,
-                ).images
+                generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[batch]]
+                made = drawn(list(prompts[batch]), generators)
                 latents.append(last["latents"].float().cpu())
-                images.append((np.asarray(drawn) * 255).round().astype(np.uint8))
+                images.append((np.asarray(made) * 255).round().astype(np.uint8))
         return Samples(np.concatenate(images), torch.cat(latents), calls[0] / len(batches))
     finally:
         pipe.scheduler = own
         pipe.set_progress_bar_config(**own_bar)
+
+
+def _check_call(pipe: Any, guidance: float, call: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that `generate` cannot use, or that does not take what it would be given."""
+    from diffusers import UNet2DModel
+
+    known = inspect.signature(pipe.__call__).parameters
+    needed = ["prompt", "num_inference_steps", "guidance_scale", "generator", "callback_on_step_end"]
+    pixels = isinstance(getattr(pipe, "unet", None), UNet2DModel) and len(pipe.components) == 2
+    if pixels and not takes_prompts(pipe):
+        needed = []
+        if guidance != 1.0:
+            raise UserError(
+                f"{type(pipe).__name__} takes no prompts, so there is nothing to guide: give guidance 1, not "
+                f"{guidance:g}"
+            )
+    for name in (*needed, *call):
+        if name not in known:
+            raise UserError(f"{type(pipe).__name__} does not take {name!r}, which this needs")
+
+
+def _sides(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size

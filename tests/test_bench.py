@@ -1,24 +1,37 @@
 """Benchmarks: what they measure is what they say, and their files can be read back."""
 
+import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from diffalign.bench import gpu, record
+from diffalign.bench import gpu, plots, record
+from diffalign.bench.against import compared, regressions
 from diffalign.bench.networks import SD_SCHEDULER, UNETS, tiny_pipeline
 from diffalign.bench.record import command_line
-from diffalign.bench.samplers import compare_on_mixture, compare_samplers, parse_spec, relative_errors
+from diffalign.bench.reference import converge, ladder, relative_errors
+from diffalign.bench.samplers import (
+    Row,
+    compare_on_mixture,
+    compare_samplers,
+    inference_steps,
+    parse_spec,
+    predicted_images,
+    scheduler_identity,
+)
 from diffalign.bench.samplers_report import SamplersConfig
 from diffalign.bench.samplers_report import run as run_samplers
 from diffalign.bench.step import PAIRS, StepConfig, compare_steps, count_syncs, traffic
 from diffalign.bench.step import run as run_step
 from diffalign.bench.train import LIMITS, METHODS, BenchTrainConfig, count, make_case, measure
 from diffalign.bench.train import run as run_train
-from diffalign.errors import UserError
-from diffalign.solvers import SOLVERS
+from diffalign.errors import RunFailed, UserError
+from diffalign.pipelines.generate import Samples, count_evaluations, denoiser, generate
+from diffalign.solvers import SOLVERS, GaussianMixture, NoiseSchedule, sample
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +113,192 @@ def test_compare_samplers_on_a_pipeline(pipe):
         guidance=2.0,
         reference_steps=20,
         scores={"brightness": brightness},
+        features=lambda images: images.reshape(len(images), -1) / 255,
         progress=False,
     )
     assert pipe.scheduler is own
+    assert not denoiser(pipe)._forward_pre_hooks
     rows = {(row.sampler, row.steps): row for row in result.rows}
     again = rows["converged again", 20]
     assert again.error < 1e-5  # the yardstick's own settings
-    assert again.pixel_error < 0.01
+    assert again.mean("pixel_error") < 0.01
+    assert abs(again.mean("feature_distance")) < 1e-6
     assert rows["ddim", 3].error > rows["ddim", 20].error > 0
+    assert rows["ddim", 3].mean("feature_distance") > rows["ddim", 20].mean("feature_distance")
     assert rows["ddim", 3].nfe == 3
+    assert 0 < rows["ddim", 3].outside < rows["ddim", 3].seconds
     assert 0 < result.reference_error < 1
-    assert result.images["ddim", 3].shape == (2, 32, 32, 3)
+    assert rows["ddim", 3].images.shape == (2, 32, 32, 3)
     assert seen == [((2, 32, 32, 3), ("a", "b"))] * 4
-    assert 0 < result.table()[0]["score/brightness"] < 1
+    table = result.table()
+    assert 0 < table[0]["score/brightness"] < 1
+    assert all(set(line) == set(table[0]) for line in table)
+
+
+def test_rows_are_per_image():
+    row = Row(
+        "x", 4, 4, 1.0, "float32", 4, 0.1, 0.01, {"error": [1.0, 3.0, 11.0], "score/s": [0.0, 1.0, 2.0]}
+    )
+    assert (row.error, row.error_median, row.scores) == (5.0, 3.0, {"s": 1.0})
+    assert row.error_se == pytest.approx(np.std([1, 3, 11], ddof=1) / 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "steps", "taken"),
+    [
+        ("ddim", 7, 7, 7),
+        ("dpm-solver++:solver_method=singlestep,solver_order=3", 7, 7, 7),
+        ("HeunDiscreteScheduler", 9, 5, 9),
+        ("HeunDiscreteScheduler", 8, 4, 7),
+        ("PNDMScheduler", 8, 7, 8),
+        ("DPMSolverSinglestepScheduler", 8, 8, 8),
+    ],
+)
+def test_evaluations_are_equal_whatever_a_step_takes(pipe, name, allowed, steps, taken):
+    assert inference_steps(make(name, pipe), allowed) == (steps, taken)
+    row = compare_samplers(pipe, [name], [allowed], ["a"], reference_steps=20, progress=False).rows[0]
+    assert (row.steps, row.inference_steps, row.nfe) == (allowed, steps, taken)
+
+
+def test_a_sampler_that_cannot_be_so_cheap_is_skipped():
+    names = ["PNDMScheduler:skip_prk_steps=false", "ddim"]
+    result = compare_on_mixture(names, [5], samples=2)
+    assert [row.sampler for row in result.rows] == ["ddim"]
+    (skipped,) = result.skipped
+    assert skipped.startswith(f"{names[0]}, 5 evaluations: ")
+
+
+def test_more_evaluations_than_announced_are_an_error(pipe):
+    class Twice(DDIMScheduler):
+        @property
+        def timesteps(self):
+            return self._times.repeat_interleave(1 if self.announcing else 2)
+
+        @timesteps.setter
+        def timesteps(self, times):
+            self._times, self.announcing = times, True
+
+        def scale_model_input(self, sample, timestep=None):
+            network(sample, timestep, encoder_hidden_states=torch.zeros(len(sample), 16, 32))
+            return sample
+
+    network = denoiser(pipe)
+    with pytest.raises(RunFailed, match="called the network 6 times in 3 steps and not 3"):
+        compare_samplers(pipe, [Twice], [3], ["a"], guidance=1.0, reference_steps=20, progress=False)
+
+
+def test_precisions_are_held_against_the_finest(pipe):
+    before = {name: value.clone() for name, value in denoiser(pipe).state_dict().items()}
+    result = compare_samplers(
+        pipe,
+        ["dpm-solver++:solver_order=3,grid=logsnr"],
+        [20],
+        ["a"],
+        dtypes=[torch.float32, torch.bfloat16],
+        reference_steps=20,
+        progress=False,
+    )
+    fine, coarse = result.rows
+    assert (fine.dtype, coarse.dtype) == ("float32", "bfloat16")
+    assert fine.error < 1e-5 < 1e-3 < coarse.error < 0.5
+    for name, value in denoiser(pipe).state_dict().items():  # the weights come back to the bit
+        assert torch.equal(value, before[name])
+
+
+def test_finished_rows_and_solutions_are_not_made_again(pipe, tmp_path):
+    judged = []
+    options = {
+        "reference_steps": 20,
+        "scores": {"zero": lambda images, prompts: judged.append(1) or np.zeros(len(images))},
+        "folder": tmp_path / "rows",
+        "cache_dir": tmp_path / "solutions",
+        "progress": False,
+    }
+    first = compare_samplers(pipe, ["ddim"], [3], ["a", "b"], **options)
+    with count_evaluations(denoiser(pipe)) as calls:
+        again = compare_samplers(pipe, ["ddim"], [3], ["a", "b"], **options)
+    assert calls == [2]  # the warm-up alone
+    assert len(judged) == 1
+    assert again.table() == first.table()
+    assert np.array_equal(again.rows[0].images, first.rows[0].images)
+    (solution,) = (tmp_path / "solutions").iterdir()
+    (row,) = (tmp_path / "rows").iterdir()
+    row.write_bytes(row.read_bytes()[:-9])  # cut short: it is made again
+    compare_samplers(pipe, ["ddim", "ddim:eta=0.5"], [3], ["a", "b"], **options)
+    assert len(judged) == 3
+    with torch.no_grad():
+        weight = next(denoiser(pipe).parameters())
+        weight += 0.1
+        compare_samplers(pipe, ["ddim"], [3], ["a", "b"], **options)
+        weight -= 0.1
+    assert len(list((tmp_path / "solutions").iterdir())) == 2  # another model, another solution
+    assert solution.is_file()
+
+
+def test_the_converged_solution_knows_its_error():
+    """Of a mixture, where the truth is known: the estimate exceeds the error and meets the tolerance."""
+    from diffalign.pipelines.load import make_scheduler
+
+    mixture = GaussianMixture.random((2, 4))
+    schedule = NoiseSchedule.from_config(SD_SCHEDULER)
+    noise = torch.randn(6, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scheduler = make_scheduler("dpm-solver++", SD_SCHEDULER, solver_order=3, grid="logsnr")
+    end = schedule.t_min  # a network knows no less noise: what it predicts there is the image
+    exact, _ = mixture.posterior(
+        mixture.solve(noise, schedule, t_end=end, tolerance=1e-8), *map(float, schedule.alpha_sigma(end))
+    )
+
+    def draw(n):
+        found = sample(mixture.model(schedule), noise, scheduler, num_inference_steps=n)
+        return Samples(np.zeros((0,)), found, n)
+
+    loose, tight = (converge(draw, tolerance=tolerance, most=400) for tolerance in (2e-3, 2e-4))
+    assert loose.steps < tight.steps
+    for found, tolerance in ((loose, 2e-3), (tight, 2e-4)):
+        assert float(relative_errors(found.latents, exact).mean()) < found.error <= tolerance
+    assert ladder(400) == [25, 50, 100, 200, 400]
+    assert ladder(3) == [1, 3]
+
+
+def test_pixel_pipelines_are_compared_without_prompts():
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    pixels = DDPMPipeline(network, DDPMScheduler(clip_sample=False))
+    options = {"reference_steps": 40, "progress": False}
+    result = compare_samplers(pixels, ["unipc", "DDIMScheduler"], [5, 20], ["", ""], guidance=1.0, **options)
+    errors = {(row.sampler, row.steps): row.error for row in result.rows}
+    assert errors["unipc", 20] < errors["unipc", 5]
+    assert result.rows[0].images.shape == (2, 8, 8, 3)
+    with pytest.raises(UserError, match="there is nothing to guide"):
+        compare_samplers(pixels, ["ddim"], [5], [""], guidance=2.0, **options)
+
+
+def test_predicted_images_end_at_the_image(pipe):
+    found = predicted_images(pipe, ["ddim", "HeunDiscreteScheduler"], 6, "a", seed=3, guidance=2.0)
+    assert {name: images.shape for name, images in found.items()} == {
+        "ddim": (6, 32, 32, 3),
+        "HeunDiscreteScheduler": (5, 32, 32, 3),
+    }
+    scheduler = make("ddim", pipe)
+    drawn = generate(pipe, ["a"], [3], steps=6, guidance=2.0, scheduler=scheduler).images[0]
+    assert np.abs(found["ddim"][-1].astype(int) - drawn).max() <= 1
+
+
+def test_schedulers_are_told_apart_by_their_tables(pipe):
+    config = pipe.scheduler.config
+    names = ["ddim", "ddim:eta=0.5", "DDIMScheduler"]
+    found = [scheduler_identity(make(name, pipe)) for name in names]
+    assert len(set(found)) == 3
+    assert found[0] == scheduler_identity(SOLVERS["ddim"].from_config(config))
 
 
 def make(spec, pipe):
@@ -137,6 +323,9 @@ def test_the_report_of_a_mixture(tmp_path, capsys):
     run_samplers(config)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {
+        "rows",
+        "settings.json",
+        "samplers.csv",
         "samplers.json",
         "samplers.md",
         "report.html",
@@ -152,9 +341,123 @@ def test_the_report_of_a_mixture(tmp_path, capsys):
     assert "--solvers ddim DDIMScheduler --steps 4 6 --guidance 1 2.5 --samples 2" in page
     assert 'src="http' not in page
     shown = capsys.readouterr().out
-    assert "| 2.5 | DDIMScheduler |" in shown
+    assert "| float64 | 2.5 | DDIMScheduler |" in shown
+    lines = list(csv.DictReader((tmp_path / "samplers.csv").read_text().splitlines()))
+    assert len(lines) == 8
+    assert float(lines[0]["error"]) == found["rows"][0]["error"]
+
+
+def test_a_report_grows_and_keeps_what_it_has(tmp_path):
+    config = SamplersConfig(output_dir=str(tmp_path), solvers=["ddim"], steps=[4], guidance=[1.0], samples=2)
+    run_samplers(config)
+    (kept,) = (tmp_path / "rows").iterdir()
+    before = kept.stat().st_mtime_ns
+    run_samplers(replace(config, solvers=["ddim", "unipc"], steps=[4, 5]))
+    assert len(list((tmp_path / "rows").iterdir())) == 4
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"another comparison|other settings \(--samples\)"):
+        run_samplers(replace(config, samples=3))
+    run_samplers(replace(config, samples=3, overwrite=True))
+    assert len(list((tmp_path / "rows").iterdir())) == 1
+
+
+def test_a_used_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="is not empty"):
-        run_samplers(config)
+        run_samplers(SamplersConfig(output_dir=str(tmp_path), solvers=["ddim"], steps=[4]))
+
+
+# ------------------------------------------------------------------------------------------------ against
+
+
+def cells(**values):
+    return [{"sampler": "x", "dtype": "float32", "guidance": 1.0, "steps": 5, "nfe": 5, "values": values}]
+
+
+def test_regressions_exceed_tolerance_and_standard_error():
+    old = cells(error=[1.0, 2.0, 3.0, 4.0])
+
+    def found(*errors, **options):
+        return regressions(old, cells(error=list(errors)), **({"tolerance": 0.1} | options))
+
+    assert found(1.0, 2.0, 3.0, 4.0) == []
+    assert found(1.1, 2.1, 3.1, 4.1) == []  # certain, but 4 %
+    assert found(1.0, 2.0, 3.0, 6.0) == []  # 20 %, but of one image
+    (row,) = found(1.5, 2.5, 3.5, 4.5)
+    assert (row["metric"], row["before"], row["now"]) == ("error", 2.5, 3.0)
+    assert found(1.5, 2.5, 3.5, 4.5, floor=0.6) == []
+    assert found(0.1, 0.2, 0.3, 0.4) == []
+    assert found(1.0, 2.0, 3.0, None)[0]["now"] == np.inf  # diverged
+
+
+def test_scores_are_better_where_higher_and_evaluations_where_fewer():
+    old = cells(**{"score/s": [1.0, 1.0], "error": [1.0, 1.0]})
+    better = cells(**{"score/s": [2.0, 2.0], "error": [0.5, 0.5]})
+    assert regressions(old, better, tolerance=0.1) == []
+    assert [row["metric"] for row in regressions(better, old, tolerance=0.1)] == ["error", "score/s"]
+    dearer = [{**old[0], "nfe": 6}]
+    assert [row["metric"] for row in regressions(old, dearer, tolerance=0.1)] == ["nfe"]
+    assert compared(old, [{**old[0], "steps": 6}]) == 0
+
+
+def test_against_an_earlier_run(tmp_path, capsys):
+    from diffalign.cli import main
+
+    folder = [str(tmp_path / name) for name in ("old", "new", "other")]
+    options = ["--solvers", "ddim", "--steps", "4", "6", "--guidance", "1", "--samples", "3"]
+    assert main(["bench", "samplers", "--output_dir", folder[0], *options]) == 0
+    old = tmp_path / "old" / "samplers.json"
+    again = ["bench", "samplers", "--output_dir", folder[1], *options, "--against", str(old)]
+    assert main(again) == 0
+    assert "no regression" in capsys.readouterr().out
+    found = json.loads(old.read_text())
+    for row in found["per_image"]:
+        row["values"]["error"] = [value / 2 for value in row["values"]["error"]]
+    old.write_text(json.dumps(found))
+    assert main(again) == 1
+    shown = capsys.readouterr()
+    assert "| ddim | float64 | 1 | 4 | error |" in shown.out
+    assert "2 of 2 compared results got worse" in shown.err
+    other = ["bench", "samplers", "--output_dir", folder[2], *options[:-1], "2", "--against", str(old)]
+    assert main(other) == 2
+    assert "another --samples (3, not 2)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # refused before any work
+    old.write_text("{}")
+    assert main(again) == 2
+    assert "samplers.json of an earlier run" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- plots
+
+
+def test_slopes_are_those_of_power_laws_above_the_floor():
+    nfe = [4, 8, 16, 32]
+    assert plots.slope(nfe, [n**-2.0 for n in nfe]) == pytest.approx(-2)
+    assert plots.slope(nfe, [max(n**-3.0, 1e-3) for n in nfe], floor=1.5e-3) == pytest.approx(-3)
+    assert plots.slope([5], [0.1]) is None
+    assert plots.slope([5, 6], [np.inf, 0.1]) is None
+
+
+def test_images_of_a_grid_are_left_pixel_for_pixel():
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 96, 96, 3), dtype=np.uint8)
+    sheet = plots.grid([[images[0, 0], None], [*images[1]]], ["one:a=1,b=2", "two"], ["5", "10"], title="t")
+    assert (sheet[-100:-4, -100:-4] == images[1, 1]).all()
+    assert (sheet[-200:-104, -100:-4] == 255).all()  # nothing there
+    assert (sheet[-200:-104, -200:-104] == images[0, 0]).all()
+    small = plots.grid([[images[0, 0][:32, :32]]], ["one"], ["5"])
+    assert (small[-100:-4, -100:-4] == images[0, 0][:32, :32].repeat(3, 0).repeat(3, 1)).all()
+
+
+def test_differing_captions_come_first_in_before_and_after():
+    before, after = np.zeros((3, 8, 8, 3), np.uint8), np.full((3, 8, 8, 3), 9, np.uint8)
+    sheet = plots.before_after(
+        before, after, np.array([True, True, False]), np.array([True, False, False]), columns=1
+    )
+    columns = sheet[5:, 5:-5].reshape(-1, 3)
+    assert (columns == 9).all(1).any()
+    good, bad = ([int(plots.PALETTE[k][i : i + 2], 16) for i in (1, 3, 5)] for k in ("good", "bad"))
+    assert (sheet[1, 5] == good).all()  # of the second caption, good before
+    assert (sheet[17, 5] == bad).all()  # and bad after
 
 
 def test_the_report_of_a_pipeline(pipe, tmp_path):
@@ -167,14 +470,20 @@ def test_the_report_of_a_pipeline(pipe, tmp_path):
         steps=[2],
         guidance=[2.0],
         prompts=["a", "b"],
+        rewards=["jpeg-compressibility"],
         reference_steps=6,
+        cache_dir=str(tmp_path / "solutions"),
         device="cpu",
     )
     run_samplers(config)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2  # one sheet per prompt
+    assert page.count("data:image/png;base64,") == 3  # one sheet per prompt, and the way of the first
+    assert page.count("reward jpeg-compressibility") == 0
+    assert "jpeg-compressibility" in page
     assert "the model's own converged solution" in page.replace("&#39;", "'")
-    assert json.loads((tmp_path / "out" / "samplers.json").read_text())["reference_error"]["2.0"] > 0
+    assert json.loads((tmp_path / "out" / "samplers.json").read_text())["reference"]["2.0"]["error"] > 0
+    assert (tmp_path / "out" / "samples_guidance_2_1.png").is_file()
+    assert (tmp_path / "out" / "trajectory_0.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +491,10 @@ def test_the_report_of_a_pipeline(pipe, tmp_path):
     [
         ({"solvers": []}, "--solvers is empty"),
         ({"steps": [0]}, "must be at least 1"),
-        ({"steps": [150]}, "--reference_steps 200 is no yardstick for 150 steps"),
+        ({"steps": [250]}, "--reference_steps 400 is no yardstick for 250 steps"),
+        ({"solvers": ["ddim", "ddim"]}, "--solvers names one twice"),
+        ({"rewards": ["clip=x"]}, "the mixture has none"),
+        ({"tolerance": -1.0}, "--tolerance and --trajectories must be 0 or more"),
     ],
 )
 def test_senseless_comparisons_are_refused(options, part):

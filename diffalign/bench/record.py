@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -43,6 +45,15 @@ def markdown(rows: Rows) -> str:
     names = list(rows[0])
     cells = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def csv_text(rows: Rows) -> str:
+    """Comma-separated values with a column per key of the first row; numbers in full."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def command_line(name: str, config: Any) -> str:

@@ -7,83 +7,157 @@ Samplers that add noise of their own do not head for that point; judge those by 
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffalign.bench.kept import Piece, keep, key
 from diffalign.bench.networks import SD_SCHEDULER
-from diffalign.errors import UserError
-from diffalign.pipelines.generate import Samples, generate
+from diffalign.bench.reference import (
+    CONVERGING,
+    Reference,
+    converge,
+    finest,
+    in_dtype,
+    kept_reference,
+    relative_errors,
+    weights_identity,
+)
+from diffalign.errors import RunFailed, UserError
+from diffalign.pipelines.generate import Samples, denoiser, generate
 from diffalign.pipelines.load import make_scheduler
 from diffalign.solvers import GaussianMixture, sample
 from diffalign.solvers.noise import NoiseSchedule
 
 # images (N, H, W, 3) uint8 and their N prompts to N numbers
-Score = Callable[[np.ndarray, Sequence[str]], Sequence[float]]
+Score = Callable[[np.ndarray, Sequence[str]], Sequence[float] | np.ndarray]
+# images (N, H, W, 3) uint8 to (N, D)
+Features = Callable[[np.ndarray], np.ndarray]
+
+#: Pictures of each row that are kept for reports.
+SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sampler at one number of steps.
+    """One sampler at one number of network evaluations.
 
     Attributes:
         sampler: its name in the comparison.
-        steps: ``num_inference_steps``.
+        steps: evaluations that it was allowed.
+        inference_steps: the ``num_inference_steps`` that it got for them: fewer for a sampler that evaluates
+            several times within a step.
         guidance: classifier-free guidance scale.
-        nfe: network evaluations per image, counted on the network.
-        error: mean over images of ||z - z*|| / ||z*||, z the final latents and z* the yardstick.
-        error_se: standard error of that mean.
-        error_median: median of the same: a few samples that end at another mode don't move it.
-        pixel_error: mean absolute difference of the decoded images, of 255; None where nothing is decoded.
-        seconds: wall time per image, decoding included.
-        scores: mean of each score over the images.
+        dtype: of the network.
+        nfe: network evaluations per image, counted on the network; a guided pair is one.
+        seconds: wall time per image, prompts and decoding included.
+        outside: the part of ``seconds`` that was not spent in the network.
+        values: metric -> its value for each image. ``error`` is ||z - z*|| / ||z*|| with z the final latents
+            and z* the yardstick; ``pixel_error`` the mean absolute difference of the decoded images, of 255;
+            ``feature_distance`` 1 - cosine of their features; ``score/<name>`` a score. The latter three only
+            where there are images, features and scores.
+        images: (at most 8, H, W, 3) uint8, the first ones.
     """
 
     sampler: str
     steps: int
+    inference_steps: int
     guidance: float
+    dtype: str
     nfe: float
-    error: float
-    error_se: float
-    error_median: float
-    pixel_error: float | None
     seconds: float
-    scores: dict[str, float] = field(default_factory=dict)
+    outside: float
+    values: dict[str, list[float]]
+    images: np.ndarray | None = field(default=None, repr=False)
+
+    def mean(self, metric: str) -> float:
+        """Over the images."""
+        return float(np.mean(self.values[metric]))
+
+    @property
+    def error(self) -> float:
+        """Mean over the images."""
+        return self.mean("error")
+
+    @property
+    def error_se(self) -> float:
+        """Standard error of that mean."""
+        errors = np.asarray(self.values["error"])
+        return float(errors.std(ddof=1) / len(errors) ** 0.5) if len(errors) > 1 else 0.0
+
+    @property
+    def error_median(self) -> float:
+        """Of the same: a few samples that end at another mode don't move it."""
+        return float(np.median(self.values["error"]))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Mean of each score."""
+        prefix = "score/"
+        return {name.removeprefix(prefix): self.mean(name) for name in self.values if name.startswith(prefix)}
 
 
 @dataclass
 class Comparison:
-    """The table and the pictures of one comparison.
+    """What one comparison found.
 
     Attributes:
-        rows: one per sampler and number of steps.
-        images: (sampler, steps) -> (N, H, W, 3) uint8; the converged ones under ``("converged", steps)``.
-        reference_error: how far the yardstick itself still moved when its steps were halved, as a relative
-            error; a sampler's error below it says nothing. 0 for an exact solution.
+        rows: one per dtype, guidance scale, sampler and number of evaluations.
+        references: guidance scale -> the yardstick.
+        skipped: what could not be run, and why, a sentence each.
     """
 
     rows: list[Row] = field(default_factory=list)
-    images: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    reference_error: float = 0.0
+    references: dict[float, Reference] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def reference_error(self) -> float:
+        """How far the least certain yardstick still moved, as a mean relative error; 0 for exact solutions.
+
+        A sampler's error below it says nothing.
+        """
+        return max((reference.error for reference in self.references.values()), default=0.0)
+
+    @property
+    def samplers(self) -> list[str]:
+        """Names, in order."""
+        return list(dict.fromkeys(row.sampler for row in self.rows))
 
     def table(self) -> list[dict[str, Any]]:
-        """The rows as flat dictionaries, for JSON or ``pandas.DataFrame``; scores as ``score/<name>``."""
-        flat = []
-        for row in self.rows:
-            values = asdict(row)
-            scores = values.pop("scores")
-            flat.append(values | {f"score/{name}": value for name, value in scores.items()})
-        return flat
+        """A tidy table: the rows as flat dictionaries, for CSV, JSON or ``pandas.DataFrame``.
 
-
-def relative_errors(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """||z - z*|| / ||z*|| of each row: two tensors (N, ...) to (N,)."""
-    difference = (latents - reference).flatten(1).norm(dim=1)
-    return difference / reference.flatten(1).norm(dim=1)
+        All have the same keys; scores are ``score/<name>``, means over the images like every metric.
+        """
+        names = [n for row in self.rows[:1] for n in row.values if n != "error"]
+        return [
+            {
+                "sampler": row.sampler,
+                "dtype": row.dtype,
+                "guidance": row.guidance,
+                "steps": row.steps,
+                "inference_steps": row.inference_steps,
+                "nfe": row.nfe,
+                "error": row.error,
+                "error_se": row.error_se,
+                "error_median": row.error_median,
+                **{name: row.mean(name) for name in names},
+                "seconds": row.seconds,
+                "outside": row.outside,
+            }
+            for row in self.rows
+        ]
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -97,160 +171,474 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = spec.partition(":")
     options = {}
     for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
+        option, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"solver {spec!r}: {part!r} should be option=value, as in ddim:eta=0.5")
-        options[key.strip()] = yaml.safe_load(value)
+        options[option.strip()] = yaml.safe_load(value)
     return name, options
 
 
-def build(samplers: Mapping[str, Any] | Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> scheduler, from ready schedulers or from texts that `parse_spec` reads, for a model's config.
+def build(samplers: Mapping[str, Any] | Sequence[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> scheduler, for a model whose scheduler has the given config.
+
+    Args:
+        samplers: name -> scheduler, or name -> class made from the config; or a list of texts that
+            `parse_spec` reads and of classes.
 
     Raises:
         UserError: unknown solver or option.
     """
-    if isinstance(samplers, Mapping):
-        return dict(samplers)
+    if not isinstance(samplers, Mapping):
+        samplers = {spec if isinstance(spec, str) else spec.__name__: spec for spec in samplers}
     built = {}
-    for spec in samplers:
-        name, options = parse_spec(spec)
-        built[spec] = make_scheduler(name, config, **options)
+    for label, given in samplers.items():
+        if isinstance(given, str):
+            name, options = parse_spec(given)
+            built[label] = make_scheduler(name, config, **options)
+        else:
+            maker: Any = given
+            built[label] = maker.from_config(config) if isinstance(given, type) else given
     return built
+
+
+def inference_steps(scheduler: Any, evaluations: int) -> tuple[int, int]:
+    """The largest ``num_inference_steps`` that takes at most so many network evaluations, and how many.
+
+    diffusers' Heun takes 2 n - 1, its PNDM n + 1; every solver of ours n.
+
+    Raises:
+        UserError: no number of steps is so cheap.
+    """
+    shift = {"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}  # moves times, adds none
+    reason = "no number of steps is so few"
+    for n in range(evaluations, 0, -1):
+        trial = copy.deepcopy(scheduler)
+        try:
+            trial.set_timesteps(n, **shift)
+        except UserError as error:  # one of ours, and those take n evaluations: fewer were not asked for
+            reason = str(error)
+            break
+        except (ValueError, IndexError, RuntimeError, AssertionError, ZeroDivisionError):
+            continue
+        if len(trial.timesteps) <= evaluations:
+            return n, len(trial.timesteps)
+        reason = f"{n} steps take {len(trial.timesteps)}"
+    raise UserError(f"{type(scheduler).__name__} cannot run with {evaluations} evaluations: {reason}")
+
+
+@contextmanager
+def network_seconds(network: torch.nn.Module) -> Iterator[Callable[[], float]]:
+    """Time spent in calls of ``network`` while the block runs; yields a function that tells it afterwards.
+
+    On a GPU these are events of the device, so nothing waits for it that would not wait anyway.
+    """
+    cuda = next(network.parameters()).is_cuda
+    marks: list[Any] = []
+
+    def mark(*_: object) -> None:
+        if cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    def total() -> float:
+        calls = list(zip(marks[::2], marks[1::2], strict=True))
+        if not cuda:
+            return float(sum(after - before for before, after in calls))
+        torch.cuda.synchronize()
+        return sum(before.elapsed_time(after) for before, after in calls) / 1000
+
+    handles = [network.register_forward_pre_hook(mark), network.register_forward_hook(mark)]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples and what they cost, in seconds for all of them."""
+
+    samples: Samples
+    seconds: float
+    network: float
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One model at one guidance scale and precision: what the loop over samplers needs to know."""
+
+    draw: Callable[[Any, int, str], _Drawn]  # scheduler, num_inference_steps, text of the progress bar
+    reference: Reference
+    guidance: float
+    dtype: str
+    identity: Mapping[str, Any]
+    calls_per_evaluation: float = 1.0  # 2 where a pipeline asks for a guided pair one by one
+    prompts: Sequence[str] = ()
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    features: Features | None = None
 
 
 def compare_samplers(
     pipe: Any,
-    samplers: Mapping[str, Any] | Sequence[str],
+    samplers: Mapping[str, Any] | Sequence[Any],
     steps: Sequence[int],
     prompts: Sequence[str],
     *,
     seeds: Sequence[int] | None = None,
-    guidance: float = 4.0,
-    reference_steps: int = 200,
+    guidance: float | Sequence[float] = 4.0,
+    dtypes: Sequence[torch.dtype] | None = None,
+    reference_steps: int = 400,
+    reference_tolerance: float = 2e-3,
     scores: Mapping[str, Score] | None = None,
+    features: Features | None = None,
+    folder: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     batch_size: int = 8,
     progress: bool = True,
     **call: Any,
 ) -> Comparison:
-    """Sample the same prompts and noises with every sampler at every number of steps.
+    """Sample the same prompts and noises with every sampler at every number of network evaluations.
 
     Args:
-        pipe: a diffusers text-to-image pipeline.
-        samplers: name -> scheduler, each used through the pipeline as a user would; or texts such as
-            ``"dpm-solver++:solver_order=3"`` and ``"UniPCMultistepScheduler"``.
-        steps: numbers of inference steps.
-        prompts: N prompts; one image each.
+        pipe: a diffusers text-to-image pipeline, or one that draws pixels without a prompt.
+        samplers: name -> scheduler, each used through the pipeline as a user would; or a list of classes and
+            of texts such as ``"dpm-solver++:solver_order=3"`` and ``"UniPCMultistepScheduler"``.
+        steps: numbers of network evaluations, counted on the network. A sampler that takes several within a
+            step gets fewer steps, and more evaluations than allowed are an error.
+        prompts: N prompts; one image each. A prompt may be there several times.
         seeds: N seeds of the starting noise; 0..N-1 by default.
-        guidance: classifier-free guidance scale.
-        reference_steps: steps of the converged solution (third-order DPM-Solver++, half-log-SNR grid).
+        guidance: classifier-free guidance scale, or several.
+        dtypes: precisions of the network to compare, by default the one that it has. All are held against the
+            converged solution in the finest.
+        reference_steps: most steps of the converged solution (third-order DPM-Solver++, half-log-SNR grid).
+        reference_tolerance: its steps are doubled until the latents move by less, in the mean.
         scores: name -> function of the images and their prompts, such as a reward model.
+        features: of images; their distance to those of the converged images becomes a metric.
+        folder: where finished rows are kept, so that an interrupted comparison goes on. A row is taken from
+            there only if model, prompts, sampler and everything else are the same; only the names of scores
+            can be compared, not what they do.
+        cache_dir: where converged solutions are kept, under a hash of all that they depend on.
         batch_size: images per network call.
         progress: show progress bars.
         call: further arguments of the pipeline's call, such as ``height``.
 
     Raises:
         UserError: unknown solver or option, or seeds that don't match the prompts.
+        RunFailed: a sampler took more evaluations than it was allowed.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     schedulers = build(samplers, pipe.scheduler.config)
+    network = denoiser(pipe)
+    own = next(network.parameters()).dtype
+    precisions = list(dtypes or [own])
 
-    def draw(scheduler: Any, n: int, label: str) -> Samples:
-        return generate(
-            pipe,
-            prompts,
-            seeds,
-            steps=n,
-            guidance=guidance,
-            scheduler=scheduler,
-            batch_size=batch_size,
-            progress=label if progress else None,
-            **call,
-        )
-
-    exact = make_scheduler("dpm-solver++", pipe.scheduler.config, solver_order=3, grid="logsnr")
-    reference = draw(exact, reference_steps, "converged solution")
-    coarser = draw(exact, reference_steps // 2, "converged solution, half the steps")
-    result = Comparison(reference_error=float(relative_errors(coarser.latents, reference.latents).mean()))
-    result.images["converged", reference_steps] = reference.images
-    for name, scheduler in schedulers.items():
-        for n in steps:
+    def draw(scale: float, scheduler: Any, n: int, label: str | None) -> _Drawn:
+        with network_seconds(network) as spent:
             start = time.perf_counter()
-            drawn = draw(scheduler, n, f"{name}, {n} steps")
-            seconds = (time.perf_counter() - start) / len(prompts)
-            result.images[name, n] = drawn.images
-            judged = {
-                key: float(np.mean(np.asarray(score(drawn.images, prompts), dtype=float)))
-                for key, score in (scores or {}).items()
-            }
-            errors = relative_errors(drawn.latents, reference.latents)
-            pixels = float(np.abs(drawn.images.astype(float) - reference.images).mean())
-            result.rows.append(
-                Row(name, n, guidance, drawn.nfe, *_statistics(errors), pixels, seconds, judged)
+            drawn = generate(
+                pipe,
+                prompts,
+                seeds,
+                steps=n,
+                guidance=scale,
+                scheduler=scheduler,
+                batch_size=batch_size,
+                progress=label if progress else None,
+                **call,
             )
+            return _Drawn(drawn, time.perf_counter() - start, spent())
+
+    plain = all(isinstance(value, str | int | float | bool | None) for value in call.values())
+    identity = weights_identity(pipe) | {
+        "schedule": dict(pipe.scheduler.config),
+        "prompts": list(prompts),
+        "seeds": [int(s) for s in seeds],
+        "call": call,
+    }
+    stored = Path(folder).expanduser() if folder is not None and plain else None
+    cache = Path(cache_dir).expanduser() if cache_dir is not None and plain else None
+    exact = make_scheduler("dpm-solver++", pipe.scheduler.config, **CONVERGING)
+    result = Comparison()
+    scales = [guidance] if isinstance(guidance, int | float) else list(guidance)
+    best = finest(precisions)
+    with in_dtype(pipe, best if best != own else None):
+        for scale in scales:
+
+            def solve(scale: float = scale) -> Reference:
+                return converge(
+                    lambda n: draw(scale, exact, n, f"converged solution, {n} steps").samples,
+                    tolerance=reference_tolerance,
+                    most=reference_steps,
+                )
+
+            own_identity = identity | {"guidance": scale, "dtype": str(best), "converging": CONVERGING}
+            limits = {"tolerance": reference_tolerance, "most": reference_steps}
+            result.references[scale] = kept_reference(cache, own_identity | limits, solve)
+    # A first call is slower than any other, and tells how often a guided evaluation calls the network.
+    probe, planned = inference_steps(exact, 2)
+    for dtype in precisions:
+        with in_dtype(pipe, dtype if dtype != own else None):
+            for scale in scales:
+                first = draw(scale, exact, probe, None)
+                name = str(dtype).removeprefix("torch.")
+                problem = _Problem(
+                    lambda *args, scale=scale: draw(scale, *args),
+                    result.references[scale],
+                    scale,
+                    name,
+                    identity | {"guidance": scale, "dtype": name, "yardstick": str(best)},
+                    first.samples.nfe / planned,
+                    prompts,
+                    scores or {},
+                    features,
+                )
+                _compare(result, problem, schedulers, steps, stored)
     return result
 
 
 def compare_on_mixture(
-    samplers: Mapping[str, Any] | Sequence[str],
+    samplers: Mapping[str, Any] | Sequence[Any],
     steps: Sequence[int],
     *,
-    guidance: float = 1.0,
+    guidance: float | Sequence[float] = 1.0,
     samples: int = 16,
     seed: int = 0,
     mixture: GaussianMixture | None = None,
     config: Mapping[str, Any] = SD_SCHEDULER,
+    dtypes: Sequence[torch.dtype] = (torch.float64,),
+    folder: str | Path | None = None,
 ) -> Comparison:
     """The same comparison where the network is a formula and the answer is known to ten digits.
 
-    Everything runs in float64 from the noisy end of the schedule, where a sampler may not begin: diffusers'
-    default spacings start below it, which is part of their error, as it is on a real model.
+    Everything runs from the noisy end of the schedule, where a sampler may not begin: diffusers' default
+    spacings start below it, which is part of their error, as it is on a real model.
 
     Args:
-        samplers, steps: as in `compare_samplers`.
-        guidance: classifier-free guidance scale towards one class per sample.
+        samplers, steps, folder: as in `compare_samplers`.
+        guidance: classifier-free guidance scale towards one class per sample, or several.
         samples: how many.
         seed: of the noise; sample i uses seed + i.
         mixture: the problem; by default six components in 4 x 8 x 8 dimensions.
         config: of a diffusers scheduler; gives the noise schedule. Stable Diffusion's by default.
+        dtypes: precisions of the samples and of the network's output.
     """
     mixture = mixture or GaussianMixture.random()
     schedule = NoiseSchedule.from_config(config)
+    schedulers = build(samplers, config)
     labels = np.unique(mixture.labels)
-    target: dict[str, Any] = {
-        "guidance_scale": guidance,
-        "classes": [int(labels[i % len(labels)]) for i in range(samples)],
-    }
+    classes = [int(labels[i % len(labels)]) for i in range(samples)]
     noise = torch.stack(
         [
             torch.randn(mixture.shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
             for i in range(samples)
         ]
     )
-    exact = mixture.solve(noise, schedule, **target)
-    result = Comparison()
-    for name, scheduler in build(samplers, config).items():
+
+    def draw(scale: float, dtype: torch.dtype, scheduler: Any, n: int, _label: str) -> _Drawn:
         kind = scheduler.config.get("prediction_type", "epsilon")
-        network = mixture.model(schedule, prediction_type=kind, **target)
-        for n in steps:
-            calls = 0
+        network = mixture.model(schedule, prediction_type=kind, guidance_scale=scale, classes=classes)
+        spent: list[float] = []
 
-            def counted(x: torch.Tensor, t: Any, network: Any = network) -> torch.Tensor:
-                nonlocal calls
-                calls += 1
-                return network(x, t)
-
+        def timed(x: torch.Tensor, t: Any) -> torch.Tensor:
             start = time.perf_counter()
-            with torch.no_grad():
-                drawn = sample(counted, noise, scheduler, num_inference_steps=n)
-            seconds = (time.perf_counter() - start) / samples
-            found = _statistics(relative_errors(drawn, exact))
-            result.rows.append(Row(name, n, guidance, calls, *found, None, seconds))
+            output = network(x, t)
+            spent.append(time.perf_counter() - start)
+            return output
+
+        start = time.perf_counter()
+        with torch.no_grad():
+            found = sample(timed, noise.to(dtype), scheduler, num_inference_steps=n)
+        seconds = time.perf_counter() - start
+        return _Drawn(Samples(np.zeros((0,)), found.double(), len(spent)), seconds, sum(spent))
+
+    result = Comparison()
+    known = {name: value.tolist() for name, value in vars(mixture).items() if isinstance(value, np.ndarray)}
+    identity = {"mixture": known, "schedule": schedule.fingerprint(), "seed": seed, "samples": samples}
+    scales = [guidance] if isinstance(guidance, int | float) else list(guidance)
+    for scale in scales:
+        exact = mixture.solve(noise, schedule, guidance_scale=scale, classes=classes)
+        result.references[scale] = Reference(exact, None, np.zeros(samples))
+    for dtype in dtypes:
+        for scale in scales:
+            name = str(dtype).removeprefix("torch.")
+            problem = _Problem(
+                lambda *args, scale=scale, dtype=dtype: draw(scale, dtype, *args),
+                result.references[scale],
+                scale,
+                name,
+                identity | {"guidance": scale, "dtype": name},
+            )
+            _compare(result, problem, schedulers, steps, Path(folder).expanduser() if folder else None)
     return result
 
 
-def _statistics(errors: torch.Tensor) -> tuple[float, float, float]:
-    """Mean, its standard error, and median of (N,) errors."""
-    values = errors.double()
-    spread = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return values.mean().item(), spread, values.quantile(0.5).item()
+def _compare(
+    result: Comparison,
+    problem: _Problem,
+    schedulers: Mapping[str, Any],
+    steps: Sequence[int],
+    folder: Path | None,
+) -> None:
+    """Add the rows of one problem, those that `folder` has as they are."""
+    measured = {"scores": list(problem.scores), "features": problem.features is not None}
+    versions = {name: version(name) for name in ("diffalign", "diffusers", "torch")}
+    shared = {**problem.identity, **measured, **versions}
+    cells = [(name, scheduler, allowed) for name, scheduler in schedulers.items() for allowed in steps]
+    for i, (name, scheduler, allowed) in enumerate(cells, 1):
+        try:
+            n, planned = inference_steps(scheduler, allowed)
+        except UserError as error:
+            result.skipped.append(f"{name}, {allowed} evaluations: {error}")
+            continue
+        label = f"[{i}/{len(cells)}] {name}, {planned} evaluations"
+        identity = shared | {"scheduler": scheduler_identity(scheduler), "inference_steps": n}
+        try:
+            piece = keep(folder, key(identity), partial(_cell, problem, scheduler, n, planned, label))
+        except (IndexError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+            # Some combinations of options crash in diffusers; that should not cost the other samplers.
+            ours = not type(scheduler).__module__.startswith("diffusers.")
+            if ours or isinstance(error, UserError | RunFailed | torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__} in diffusers: {' '.join(str(error).split())}"
+            result.skipped.append(f"{name}, {allowed} evaluations: {reason}")
+            continue
+        row = Row(
+            sampler=name,
+            steps=allowed,
+            guidance=problem.guidance,
+            dtype=problem.dtype,
+            images=piece.arrays.get("images"),
+            **piece.facts,
+        )
+        result.rows.append(row)
+
+
+def _cell(problem: _Problem, scheduler: Any, n: int, planned: int, label: str) -> Piece:
+    """Draw and judge: what is kept of one row."""
+    drawn = problem.draw(scheduler, n, label)
+    found, reference = drawn.samples, problem.reference
+    count = len(found.latents)
+    nfe = found.nfe / problem.calls_per_evaluation
+    if round(nfe) > planned:
+        raise RunFailed(
+            f"{type(scheduler).__name__} called the network {nfe:g} times in {n} steps and not {planned}, as "
+            "its times say: this pipeline cannot be compared at equal cost"
+        )
+    errors = relative_errors(found.latents, reference.latents).double().nan_to_num(torch.inf, torch.inf)
+    values = {"error": errors.tolist()}
+    arrays = {}
+    if reference.images is not None:
+        difference = np.abs(found.images.astype(np.float32) - reference.images)
+        values["pixel_error"] = difference.mean(axis=(1, 2, 3), dtype=float).tolist()
+        if problem.features is not None:
+            ours, exact = (problem.features(images) for images in (found.images, reference.images))
+            values["feature_distance"] = (1 - _cosine(ours, exact)).tolist()
+        for name, score in problem.scores.items():
+            judged = np.asarray(score(found.images, problem.prompts), dtype=float)
+            values[f"score/{name}"] = judged.tolist()
+        arrays["images"] = found.images[:SHOWN]
+    facts = {
+        "inference_steps": n,
+        "nfe": nfe,
+        "seconds": drawn.seconds / count,
+        "outside": (drawn.seconds - drawn.network) / count,
+        "values": values,
+    }
+    return Piece(facts, arrays)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    product = (a * b).sum(axis=1, dtype=float)
+    return product / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def scheduler_identity(scheduler: Any) -> str:
+    """A hash of the files that a scheduler saves: its class, its options and its learnt tables."""
+    sha = hashlib.sha256(f"{type(scheduler).__module__}.{type(scheduler).__qualname__}".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:32]
+
+
+def clip_features(reward: Any) -> Features:
+    """The image tower of a CLIP reward as `Features`.
+
+    Raises:
+        UserError: it is no CLIP.
+    """
+    from diffalign.rewards.clip import ClipReward
+
+    if not isinstance(reward, ClipReward):
+        raise UserError(
+            f"reward {getattr(reward, 'name', reward)} has no image features; take one that is a CLIP: "
+            "playground/scorer, clip, pickscore or hpsv2"
+        )
+
+    @torch.no_grad()
+    def features(images: np.ndarray) -> np.ndarray:
+        found = []
+        for batch in np.array_split(images, -(-len(images) // 32)):
+            pixels = torch.from_numpy(batch).to(reward.device).permute(0, 3, 1, 2).float() / 255
+            found.append(reward.clip.images(reward.square(pixels)).cpu().numpy())
+        return np.concatenate(found)
+
+    return features
+
+
+def predicted_images(
+    pipe: Any,
+    samplers: Mapping[str, Any] | Sequence[Any],
+    steps: int,
+    prompt: str,
+    *,
+    seed: int = 0,
+    guidance: float = 4.0,
+) -> dict[str, np.ndarray]:
+    """What each sampler believes the image to be, at every network evaluation on its way.
+
+    Args:
+        pipe: a text-to-image pipeline of a family that `diffalign.models` knows.
+        samplers: as in `compare_samplers`.
+        steps: network evaluations.
+        prompt: what to draw.
+        seed: of the starting noise.
+        guidance: classifier-free guidance scale.
+
+    Returns:
+        name -> (evaluations, H, W, 3) uint8, the decoded data predictions.
+
+    Raises:
+        UserError: a pipeline class that no family knows.
+    """
+    from diffalign.calibrate.guided import guided_model, guided_network, starting_noise
+    from diffalign.models import load_adapter
+    from diffalign.pipelines.guidance import dynamic_shift
+    from diffalign.solvers.prediction import convert
+
+    adapter = load_adapter(pipe)
+    kind, schedule = adapter.prediction_type, adapter.schedule
+    network = guided_model(guided_network(adapter, [prompt], guidance_scale=guidance), [0])
+    noise = starting_noise(adapter, [seed])
+    found = {}
+    for name, scheduler in build(samplers, pipe.scheduler.config).items():
+        predictions: list[torch.Tensor] = []
+
+        def model(x: torch.Tensor, t: Any, predictions: list[torch.Tensor] = predictions) -> torch.Tensor:
+            output = network(x, t)
+            alpha, sigma = (float(v) for v in schedule.alpha_sigma(float(t)))
+            predictions.append(convert(output, x, alpha, sigma, source=kind, to="sample"))
+            return output
+
+        n, _ = inference_steps(scheduler, steps)
+        with torch.no_grad():
+            sample(model, noise, scheduler, num_inference_steps=n, mu=dynamic_shift(adapter))
+            pixels = torch.cat([adapter.decode(one) for one in predictions])
+        rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        found[name] = rounded.permute(0, 2, 3, 1).cpu().numpy()
+    return found
