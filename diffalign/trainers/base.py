@@ -84,6 +84,8 @@ class Trainer(ABC, Generic[C]):
     method: ClassVar[str]  # as on the command line
     unit: ClassVar[str] = "pair"  # what the data are made of, for the model card
     shardable: ClassVar[bool] = False  # whether it runs with weights split over processes (FSDP2)
+    #: If not, why: split weights answer only when all processes ask, as often as each other.
+    whole_because: ClassVar[str] = "its processes draw samples or scores each at its own pace"
 
     def __init__(self, config: C, model: Any = None, dataset: Any = None) -> None:
         config.check()
@@ -121,7 +123,8 @@ class Trainer(ABC, Generic[C]):
         config = self.config
         if not self.shardable:
             raise UserError(
-                f"{self.method} needs whole weights in every process: run it data-parallel, not FSDP"
+                f"{self.method} needs whole weights in every process, since {self.whole_because}: run it "
+                "data-parallel, not FSDP"
             )
         if config.mixed_precision == "fp16" or config.use_8bit_adam:
             raise UserError("under FSDP, mixed_precision must be bf16 or no, and use_8bit_adam false")

@@ -98,6 +98,7 @@ class FlowRWRTrainer(DenoisingTrainer[FlowRWRConfig]):
     :func:`diffalign.data.open_scored`."""
 
     method = "flow-rwr"
+    shardable = True
     needs_reference = False
 
     def open_examples(self, source: Any, limit: int | None) -> ImageDataset:

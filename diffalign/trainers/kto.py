@@ -72,6 +72,7 @@ class DiffusionKTOTrainer(DenoisingTrainer[DiffusionKTOConfig]):
     """``DiffusionKTOTrainer(config, model=pipeline_or_path, dataset=images_or_path).train()``."""
 
     method = "diffusion-kto"
+    shardable = True
     unit = "image"
 
     @property

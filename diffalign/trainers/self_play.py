@@ -76,6 +76,7 @@ class SelfPlayTrainer(PairTrainer[S]):
 
     unit = "image"
     noises: ClassVar[int] = 2
+    whole_because = "its rounds put new reference weights beside the old ones and share out the sampling"
 
     @abstractmethod
     def reference_of(self, number: int) -> int:

@@ -1,16 +1,25 @@
 """Methods that gather over processes, or share the sampling: two processes train as one does."""
 
-import pytest
+import json
 
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.errors import UserError
 from diffalign.trainers import (
     DDOConfig,
     DDOTrainer,
     DiffusionKTOConfig,
     DiffusionKTOTrainer,
+    FlowRWRConfig,
+    FlowRWRTrainer,
     SePPOConfig,
     SePPOTrainer,
 )
-from tests.align.test_distributed import processes
+from tests.align.conftest import picture
+from tests.align.test_distributed import LORA, NETWORK, assert_alike, processes, sharding
 
 ROUNDS = {"round_steps": 2, "sampling_steps": 2}
 #: Betas at which rounding of 1e-7 in an error stays below 1e-5 in a loss.
@@ -35,3 +44,79 @@ def test_two_processes_train_as_one(run_of, log, tmp_path, name):
     for mine, theirs in zip(one, two, strict=True):
         for metric in ("loss", "grad_norm", "rewards/chosen"):
             assert theirs[metric] == pytest.approx(mine[metric], rel=1e-4, abs=1e-5), metric
+
+
+@pytest.mark.parametrize(
+    ("rank", "point"), [(4, "batch"), (0, "balanced"), (4, "mismatched")], ids=["lora", "full", "swapped"]
+)
+def test_kto_with_split_weights_is_kto(run_of, log, tmp_path, monkeypatch, rank, point):
+    options = {
+        "beta_kto": 20.0,
+        "reference_point": point,
+        "rank": rank,
+        "learning_rate": 1e-2 if rank else 1e-3,
+        "checkpointing_steps": 2,
+    }
+
+    def train(where, batch, **more):
+        run = run_of(
+            DiffusionKTOConfig, DiffusionKTOTrainer, where, train_batch_size=batch, **options, **more
+        )
+        run.train()
+        return run
+
+    def work(number):
+        sharding(monkeypatch)
+        run = train("two", 4)
+        assert sum(p.to_local().numel() for p in run.weights.trainable) < sum(
+            p.numel() for p in run.weights.trainable
+        )
+        train("two", 4, resume_from_checkpoint="checkpoint-2")
+
+    train("one", 8)
+    processes(2, work, tmp_path)
+    if point != "mismatched":  # those are swapped within each process
+        assert_alike(tmp_path / "one", tmp_path / "two", log, LORA if rank else NETWORK)
+    records = log(tmp_path / "two")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert (tmp_path / "two" / (LORA if rank else NETWORK)).is_file()
+
+
+def test_reward_weighted_regression_with_split_weights(run_of, log, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": f"picture {k % 4}", "image": f"{k}.png", "score": score}
+        for k, score in enumerate(np.random.default_rng(0).normal(size=16).tolist())
+    ]
+    (tmp_path / "scored").mkdir()
+    for k in range(len(rows)):
+        picture(k).save(tmp_path / "scored" / f"{k}.png")
+    (tmp_path / "scored" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(where, batch):
+        options = {"dataset": str(tmp_path / "scored"), "learning_rate": 1e-2, "train_batch_size": batch}
+        run_of(FlowRWRConfig, FlowRWRTrainer, where, **options).train()
+
+    def work(number):
+        sharding(monkeypatch)
+        train("two", 4)
+
+    train("one", 8)
+    processes(2, work, tmp_path)
+    weights = [load_file(tmp_path / where / LORA) for where in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-2, atol=2e-4)
+    losses = [[record["loss"] for record in log(tmp_path / where)] for where in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["seppo", "ddo"])
+def test_rounds_with_split_weights_are_refused_with_the_reason(run_of, tmp_path, monkeypatch, name):
+    config, trainer, options = METHODS[name]
+
+    def work(number):
+        sharding(monkeypatch)
+        with pytest.raises(UserError, match="reference weights beside the old ones"):
+            run_of(config, trainer, "run", **options)
+
+    processes(1, work, tmp_path)
