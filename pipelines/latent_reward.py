@@ -3,7 +3,7 @@ head, Liu et al. 2025, section 4.3). 'diffalign train latent-reward' trains one;
 
 The blocks have seen x_t, t and the prompt. Their features and the prompt's tokens go through a transformer in
 which the prompt asks and the image answers; the mean over tokens is the reward. Its gradient with respect to
-x_t passes half of the generator and no decoder.
+x_t passes half of the generator or less, and no decoder.
 
 A folder holds ``latent_reward.json`` and ``latent_reward.safetensors``.
 """
@@ -97,8 +97,8 @@ class _Reached(Exception):
 def first_blocks(adapter: ModelAdapter, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """Features ``(B, places, channels)`` of noisy latents, differentiable in x.
 
-    Of a UNet they are what its middle block gives, of a transformer the image tokens after half of the blocks
-    that join image and text. The rest of the network is not run.
+    Of a UNet they are what its last downward block gives, of a transformer the image tokens after half of the
+    blocks that join image and text. The rest of the network is not run.
 
     Args:
         x, t, cond: as for :meth:`~diffalign.models.base.ModelAdapter.denoise`.
@@ -124,8 +124,7 @@ def first_blocks(adapter: ModelAdapter, x: Tensor, t: Tensor, cond: Mapping[str,
 def _watched(network: Any) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """The block that is the last to run, and how the image is found in its output."""
     if hasattr(network, "down_blocks"):
-        block = network.mid_block if network.mid_block is not None else network.down_blocks[-1]
-        return block, lambda output: output if isinstance(output, Tensor) else output[0]
+        return network.down_blocks[-1], lambda output: output[0]
     blocks = network.transformer_blocks
     return blocks[(len(blocks) - 1) // 2], lambda output: output[-1]
 
