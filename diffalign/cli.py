@@ -277,6 +277,12 @@ COMMANDS: dict[str, Command] = {
         "measure the default grid against every grid of diffusers",
         "diffalign bench grids --steps 5 10 20 --guidance 1 7.5 --mixtures 2",
     ),
+    "bench plans": Command(
+        "diffalign.bench.plans:PlansConfig",
+        "diffalign.bench.plans:run",
+        "compare fitted samplers with the best uncalibrated one of any library",
+        "diffalign bench plans --problems mixture-0 mixture-7 --steps 5 8 --seeds 0",
+    ),
     "bench step": Command(
         "diffalign.bench.step:StepConfig",
         "diffalign.bench.step:run",

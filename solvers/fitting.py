@@ -21,6 +21,7 @@ from diffalign.solvers.calibrated import Table
 from diffalign.solvers.grids import LAMBDA_FLOOR
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.plan import working_dtype
+from diffalign.solvers.prediction import training_target
 from diffalign.solvers.scheduler import Array
 
 #: ``predict(x, t, alpha, sigma, rows) -> x0``: the belief of the clean image at x (rows, ...), whose noises
@@ -96,6 +97,14 @@ class Problem:
         return torch.cat(
             [self.predict(x[p.start - rows.start : p.stop - rows.start], *level.told, p) for p in parts]
         )
+
+    @torch.no_grad()
+    def network(self, x: Tensor, t: Tensor | float, prediction_type: str) -> Tensor:
+        """The network's output at a sample of all noises, as schedulers are given it."""
+        alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(float(t)))
+        told = (torch.tensor(v, dtype=torch.float64) for v in (float(t), alpha, sigma))
+        data = self.asked(x, _Level(*told), slice(0, len(x)))
+        return training_target(prediction_type, data, (x - alpha * data) / sigma, alpha, sigma).to(x.dtype)
 
 
 @dataclass(frozen=True)

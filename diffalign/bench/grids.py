@@ -7,7 +7,7 @@ grids, which is what a user would have, and our solver on the same grids, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,13 +243,36 @@ def reduced(
     samples: int,
     seed: int,
 ) -> tuple[Tensor, ModelFn]:
+    """A row per guidance scale and noise of :func:`coordinates`, and the ideal network on them.
+
+    Returns:
+        Noise (scales * samples, 1, K + 1), and the network, guided per row.
+    """
+    noise, beliefs = coordinates(mixture, guidance, samples, seed)
+
+    def network(x: Tensor, t: Any) -> Tensor:
+        alpha, sigma = (float(v) for v in schedule.alpha_sigma(float(t)))
+        data, epsilon = beliefs(x[:, 0].double(), alpha, sigma, slice(None))
+        return training_target(prediction_type, data, epsilon, alpha, sigma).to(x.dtype)[:, None]
+
+    return noise[:, None], network
+
+
+#: ``(x, alpha, sigma, rows) -> E[x0 | x], E[eps | x]`` of x (rows, K + 1).
+Beliefs = Callable[[Tensor, Any, Any, slice], tuple[Tensor, Tensor]]
+
+
+def coordinates(
+    mixture: GaussianMixture, guidance: Sequence[float], samples: int, seed: int
+) -> tuple[Tensor, Beliefs]:
     """The mixture in the coordinates that matter, a row per guidance scale and noise.
 
     Every sample stays in the span of the means and of its own noise outside that span, and solvers are
     linear: so K numbers along the means and one across are the whole problem, exactly.
 
     Returns:
-        Noise (scales * samples, 1, K + 1), and the ideal network on it, guided per row.
+        Noise (scales * samples, K + 1), and what the ideal network believes, guided per row; alpha and sigma
+        are numbers or 0-d tensors, and it is differentiable in these and in x.
     """
     means = torch.from_numpy(mixture.means)
     basis, triangle = torch.linalg.qr(means.T)
@@ -257,7 +280,7 @@ def reduced(
     whole = torch.randn(samples, means.shape[1], dtype=torch.float64, generator=generator)
     along = whole @ basis
     across = (whole - along @ basis.T).norm(dim=1, keepdim=True)
-    noise = torch.cat([along, across], 1).repeat(len(guidance), 1)[:, None]
+    noise = torch.cat([along, across], 1).repeat(len(guidance), 1)
     centres = torch.cat([triangle.T, torch.zeros(len(means), 1, dtype=torch.float64)], 1)
     labels = torch.from_numpy(np.asarray(mixture.labels))
     targets = labels.unique()[torch.arange(samples) % len(labels.unique())].repeat(len(guidance))
@@ -266,21 +289,19 @@ def reduced(
     outside = torch.zeros(len(targets), len(labels), dtype=torch.float64)
     outside[labels[None] != targets[:, None]] = -torch.inf
 
-    def network(x: Tensor, t: Any) -> Tensor:
-        alpha, sigma = (float(v) for v in schedule.alpha_sigma(float(t)))
-        y = x[:, 0].double()
+    def beliefs(y: Tensor, alpha: Any, sigma: Any, rows: slice) -> tuple[Tensor, Tensor]:
         variance = alpha**2 * variances + sigma**2
         distance = (y[:, None] - alpha * centres).square().sum(-1)
         logits = log_weights - 0.5 * means.shape[1] * variance.log() - distance / (2 * variance)
         free = logits.softmax(1)
         # Guidance of predictions is guidance of what they are linear in.
-        share = (free + scale * ((logits + outside).softmax(1) - free)) / variance
+        share = (free + scale[rows] * ((logits + outside[rows]).softmax(1) - free)) / variance
         pull, weight = share @ centres, share.sum(1, keepdim=True)
         data = sigma**2 * pull + alpha * (share @ variances)[:, None] * y
         epsilon = sigma * (weight * y - alpha * pull)
-        return training_target(prediction_type, data, epsilon, alpha, sigma).to(x.dtype)[:, None]
+        return data, epsilon
 
-    return noise, network
+    return noise, beliefs
 
 
 # ------------------------------------------------------- a pipeline

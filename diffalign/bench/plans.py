@@ -1,0 +1,495 @@
+"""``diffalign bench plans``: fitted samplers against the best uncalibrated one of any library.
+
+The yardstick is unfair on purpose: of every deterministic scheduler here and in diffusers, on every grid, the
+one that turns out best on the test noises themselves, for each problem, guidance, number of evaluations and
+seed anew, and for the mean and the 90th percentile apart. The plan is fitted on other noises and prompts.
+Every cell lies in a file of its own: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from diffalign import output
+from diffalign.bench.grids import coordinates
+from diffalign.bench.networks import SD_SCHEDULER
+from diffalign.bench.samplers import relative_errors
+from diffalign.errors import UserError
+from diffalign.solvers import GaussianMixture, sample
+from diffalign.solvers.fitting import Problem, Truth, judge, solve
+from diffalign.solvers.noise import NoiseSchedule
+
+if TYPE_CHECKING:
+    from diffalign.solvers.selection import Calibration
+
+MIXTURE = "mixture-"
+#: Ours by name, with their options, on every grid of :data:`GRIDS`.
+OURS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *(
+        (name, {"solver_order": order})
+        for name in ("dpm-solver++", "unipc", "dpm-solver")
+        for order in (2, 3)
+    ),
+    ("dpm-solver-v3", {}),
+    ("pndm", {}),
+    ("ddim", {"set_alpha_to_one": True}),
+)
+GRIDS = ("auto", "logsnr", "karras", "beta", "time_uniform", "time_quadratic")
+#: diffusers' by class, with their options, on every grid of :data:`SPACINGS` that they have.
+THEIRS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"solver_order": 2}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh1"}),
+    ("DEISMultistepScheduler", {"solver_order": 2}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("DDIMScheduler", {"set_alpha_to_one": True}),
+    ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    ("EulerDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {}),
+)
+SPACINGS: dict[str, dict[str, Any]] = {
+    "linspace": {"timestep_spacing": "linspace"},
+    "leading": {"timestep_spacing": "leading", "steps_offset": 1},
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "lu": {"use_lu_lambdas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+}
+_FIRST = 256  # all schedulers are tried on so many of the test noises, the best on all
+_FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class PlansConfig:
+    """Compare fitted samplers with the best uncalibrated one of any library, chosen in hindsight.
+
+    On Gaussian mixtures (exact network, Stable Diffusion's noise schedule) and on playground models; fitted
+    and tested on different noises, and on different captions. Writes plans.json, plans.csv, plans.md and
+    plans.png. Called again with the same settings, it goes on.
+
+    Attributes:
+        output_dir: folder for the results
+        problems: mixture-0, mixture-7, ... (a mixture by its seed), playground/sd, playground/flow, or a
+            pipeline folder whose captions are the playground's
+        mixture_guidance: classifier-free guidance scales of the mixtures; 1 is none
+        guidance: classifier-free guidance scales of the pipelines
+        steps: numbers of network evaluations
+        seeds: of the noises of fit and test
+        noises: of a mixture's fit, half of them held out to choose with
+        test_noises: of a mixture
+        samples: noises and captions of a pipeline's fit
+        test_samples: held-out captions with noises of their own, of a pipeline
+        iterations: steps of descent per fit on mixtures
+        pipeline_iterations: the same on pipelines
+        fits: fits are started from so many of the best known solvers
+        trajectory: weights of the states on the way in the loss, one fit for each
+        reference_steps: Runge-Kutta steps of the converged solutions
+        device: of pipelines; auto, cpu, cuda, cuda:1, mps
+        overwrite: start anew where other settings have been used
+    """
+
+    output_dir: str = "outputs/bench/plans"
+    problems: list[str] = field(
+        default_factory=lambda: ["mixture-0", "mixture-7", "playground/sd", "playground/flow"]
+    )
+    mixture_guidance: list[float] = field(default_factory=lambda: [1.0, 7.5])
+    guidance: list[float] = field(default_factory=lambda: [4.0])
+    steps: list[int] = field(default_factory=lambda: [5, 6, 8, 10])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    noises: int = 128
+    test_noises: int = 2048
+    samples: int = 32
+    test_samples: int = 64
+    iterations: int = 250
+    pipeline_iterations: int = 80
+    fits: int = 2
+    trajectory: list[float] = field(default_factory=lambda: [0.1, 0.5])
+    reference_steps: int = 60
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "mixture_guidance", "guidance", "steps", "seeds", "trajectory"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is empty; give at least one")
+        for problem in self.problems:
+            if problem.startswith(MIXTURE) and not problem.removeprefix(MIXTURE).isdigit():
+                raise UserError(
+                    f"--problems: a mixture is named by its seed, as in mixture-7, not {problem!r}"
+                )
+        if min(self.steps) < 2:
+            raise UserError(f"--steps must be 2 or more, not {min(self.steps)}")
+        if min((*self.mixture_guidance, *self.guidance)) < 1:
+            raise UserError("--guidance and --mixture_guidance must be 1 or more; 1 is none")
+        least = {"noises": 4, "test_noises": 2, "samples": 4, "test_samples": 2, "iterations": 1}
+        for name, low in (least | {"pipeline_iterations": 1, "fits": 1, "reference_steps": 10}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name} must be at least {low}, but is {getattr(self, name)}")
+
+
+def run(config: PlansConfig) -> list[dict[str, Any]]:
+    """The command; returns the rows of the table."""
+    from diffusers.utils import logging
+    from tqdm.auto import tqdm
+
+    from diffalign.bench.plans_report import write_report
+
+    logging.set_verbosity_error()  # of options that diffusers' classes change for themselves
+    folder = _open(config)
+    jobs = [
+        (problem, guidance, seed)
+        for problem in config.problems
+        for guidance in (config.mixture_guidance if problem.startswith(MIXTURE) else config.guidance)
+        for seed in config.seeds
+    ]
+    cells: list[dict[str, Any]] = []
+    with tqdm(total=len(jobs) * len(config.steps), desc="plans", unit="cell") as bar:
+        for problem, guidance, seed in jobs:
+            bar.set_postfix_str(f"{problem}, guidance {guidance:g}, seed {seed}")
+            case = Case(config, problem, guidance, seed)
+            for n in config.steps:
+                own = folder / "cells" / f"{_slug(problem)}-{guidance:g}-{seed}-{n}.json"
+                if not own.is_file():
+                    own.parent.mkdir(exist_ok=True)
+                    output.write_json(own, asdict(measured(case, n)))
+                cells.append(json.loads(own.read_text()))
+                bar.update()
+    rows = table(cells)
+    print(write_report(folder, config, rows, cells))
+    return rows
+
+
+def _slug(problem: str) -> str:
+    return problem.replace("/", "_")
+
+
+def _open(config: PlansConfig) -> Path:
+    """The folder, if it is new or holds a run with the same settings."""
+    import shutil
+
+    free = ("output_dir", "overwrite", "problems", "mixture_guidance", "guidance", "steps", "seeds", "device")
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    file = Path(config.output_dir).expanduser() / "settings.json"
+    going_on = file.is_file() and json.loads(file.read_text()) == settings
+    if file.is_file() and not going_on and not config.overwrite:
+        raise UserError(
+            f"{str(file.parent)!r} holds a run with other settings (settings.json): choose another "
+            "--output_dir, or start anew with --overwrite"
+        )
+    folder = output.prepare(config.output_dir, overwrite=going_on or config.overwrite)
+    if not going_on:
+        shutil.rmtree(folder / "cells", ignore_errors=True)
+        output.write_json(file, settings)
+    return folder
+
+
+# ------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem at one guidance scale with one seed, to fit and to test on; made when first needed."""
+
+    config: PlansConfig
+    name: str
+    guidance: float
+    seed: int
+
+    @property
+    def on_mixture(self) -> bool:
+        return self.name.startswith(MIXTURE)
+
+    @cached_property
+    def _pipe(self) -> Any:
+        from diffalign.pipelines.load import load_pipeline
+
+        return load_pipeline(self.name, device=self.config.device)
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler config of the model."""
+        return SD_SCHEDULER if self.on_mixture else self._pipe.scheduler.config
+
+    def _problem(self, *, held_out: bool) -> Problem:
+        # Seeds of different runs and of fit and test stay apart.
+        seed = 10_000_000 * held_out + 100_000 * self.seed
+        if self.on_mixture:
+            mixture = GaussianMixture.random(seed=int(self.name.removeprefix(MIXTURE)))
+            count = self.config.test_noises if held_out else self.config.noises
+            return mixture_problem(mixture, self.guidance, count, seed)
+        from diffalign.calibrate.tables import TablesConfig, problem_of
+        from diffalign.models import load_adapter
+        from diffalign.playground.captions import draw_captions
+
+        count = self.config.test_samples if held_out else self.config.samples
+        settings = TablesConfig(guidance_scale=self.guidance, samples=count, seed=seed)
+        return problem_of(load_adapter(self._pipe), draw_captions(seed, count, held_out=held_out), settings)
+
+    def _both(self, *, held_out: bool) -> tuple[Problem, Truth]:
+        problem = self._problem(held_out=held_out)
+        return problem, solve(problem, self.config.reference_steps)
+
+    @cached_property
+    def fit(self) -> tuple[Problem, Truth]:
+        """What plans are fitted to."""
+        return self._both(held_out=False)
+
+    @cached_property
+    def test(self) -> tuple[Problem, Truth]:
+        """What they are judged on."""
+        return self._both(held_out=True)
+
+    @property
+    def mu(self) -> float | None:
+        """Shift of a flow model's grid."""
+        if self.on_mixture:
+            return None
+        from diffalign.models import load_adapter
+        from diffalign.pipelines.guidance import dynamic_shift
+
+        return dynamic_shift(load_adapter(self._pipe))
+
+
+def mixture_problem(mixture: GaussianMixture, guidance: float, count: int, seed: int) -> Problem:
+    """A mixture on Stable Diffusion's noise schedule as something to fit a sampler to."""
+    noise, beliefs = coordinates(mixture, [guidance], count, seed)
+
+    def predict(x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, rows: slice) -> Tensor:
+        return beliefs(x, alpha, sigma, rows)[0]
+
+    return Problem(predict, NoiseSchedule.from_config(SD_SCHEDULER), noise, batch_size=4096)
+
+
+# ------------------------------------------------------------------- a cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one number of evaluations gave.
+
+    Attributes:
+        best_mean, best_p90: the uncalibrated scheduler with the least mean error and 90th percentile.
+        mean, p90: their errors, the mean of one and the percentile of the other.
+        plan_mean, plan_p90, plan_far: errors of the plan, and the share of noises above 0.3.
+        fitted: whether the fit was taken, rather than the best known solver.
+        tried: number of uncalibrated schedulers that ran.
+    """
+
+    problem: str
+    guidance: float
+    seed: int
+    steps: int
+    best_mean: str
+    mean: float
+    best_p90: str
+    p90: float
+    plan_mean: float
+    plan_p90: float
+    plan_far: float
+    fitted: bool
+    tried: int
+
+
+def measured(case: Case, steps: int) -> Cell:
+    """Fit a plan, and judge it and every uncalibrated scheduler on fresh noises."""
+    from diffalign.solvers.fitting import FAR
+
+    made = calibrated(case, steps)
+    problem, truth = case.test
+    plan = judge(problem, truth, made.chosen.table, slice(0, len(problem.noise)))
+    kind = case.scheduler.get("prediction_type", "flow_prediction")
+    first = slice(0, _FIRST)
+    part = Problem(problem.predict, problem.schedule, problem.noise[first], problem.final, problem.batch_size)
+    quick: dict[str, np.ndarray] = {}
+    builders = dict(uncalibrated(case.scheduler))
+    for name, build in builders.items():
+        found = errors_of(part, truth.end[first], build, steps, kind, case.mu)
+        if found is not None:
+            quick[name] = found
+    ranked = {
+        score: sorted(quick, key=lambda name, of=of: float(of(quick[name])))[:_FINALISTS]  # type: ignore[misc]
+        for score, of in (("mean", np.mean), ("p90", _p90))
+    }
+    if len(problem.noise) <= _FIRST:
+        whole = quick
+    else:
+        finalists = sorted({name for names in ranked.values() for name in names})
+        whole = {
+            name: found
+            for name in finalists
+            if (found := errors_of(problem, truth.end, builders[name], steps, kind, case.mu)) is not None
+        }
+    best_mean = min(whole, key=lambda name: float(whole[name].mean()))
+    best_p90 = min(whole, key=lambda name: _p90(whole[name]))
+    return Cell(
+        case.name,
+        case.guidance,
+        case.seed,
+        steps,
+        best_mean,
+        float(whole[best_mean].mean()),
+        best_p90,
+        _p90(whole[best_p90]),
+        float(plan.mean()),
+        _p90(plan),
+        float((plan > FAR).mean()),
+        made.improved,
+        len(quick),
+    )
+
+
+def _p90(errors: np.ndarray) -> float:
+    return float(np.quantile(errors, 0.9))
+
+
+def calibrated(case: Case, steps: int) -> Calibration:
+    """The plan, from the noises of the fit."""
+    from diffalign.calibrate.tables import known_solvers
+    from diffalign.solvers.selection import calibrate
+
+    config = case.config
+    problem, truth = case.fit
+    return calibrate(
+        problem,
+        truth,
+        known_solvers(case.scheduler),
+        steps,
+        fits=config.fits,
+        trajectories=config.trajectory,
+        iterations=config.iterations if case.on_mixture else config.pipeline_iterations,
+        recompute=not case.on_mixture,
+        mu=case.mu,
+    )
+
+
+def uncalibrated(config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and maker of every scheduler to compare with, for a model with this scheduler config."""
+    from diffalign.pipelines.load import make_scheduler
+
+    flow = NoiseSchedule.from_config(config).is_flow
+    for name, options in OURS:
+        end = {} if name == "ddim" else {"final_sigmas_type": "zero"}
+        for grid in ("auto",) if flow else GRIDS:
+            label = _label(name, options, grid)
+            yield label, partial(make_scheduler, name, config, grid=grid, **options, **end)
+    for name, options in (("FlowMatchEulerDiscreteScheduler", {}), *THEIRS) if flow else THEIRS:
+        for grid, spacing in ({"": {}} if flow else SPACINGS).items():
+            chosen = spacing if flow else {"use_karras_sigmas": False} | spacing
+            yield _label(name, options, grid), partial(_theirs, name, config, options, chosen)
+
+
+def _label(name: str, options: Mapping[str, Any], grid: str) -> str:
+    shown = [str(v) for k, v in options.items() if k in ("solver_order", "solver_type")]
+    return " ".join([name.removesuffix("Scheduler"), *shown, grid]).strip()
+
+
+def _theirs(name: str, config: Mapping[str, Any], own: Mapping[str, Any], grid: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler with the options that it has; UserError where the grid is none of its."""
+    import inspect
+
+    from diffalign.pipelines.load import make_scheduler, scheduler_class
+
+    known = inspect.signature(scheduler_class(name).__init__).parameters
+    if any(option not in known for option, value in grid.items() if value is not False):
+        raise UserError(f"{name} has no such grid")
+    options = {k: v for k, v in {**own, **grid}.items() if k in known}
+    if "final_sigmas_type" in known:
+        options["final_sigmas_type"] = "zero"
+    return make_scheduler(name, config, **options)
+
+
+def errors_of(
+    problem: Problem, end: Tensor, build: Callable[[], Any], steps: int, kind: str, mu: float | None
+) -> np.ndarray | None:
+    """(B,) relative errors of a scheduler that asks the network no more than `steps` times, or None.
+
+    Methods that ask several times a step get fewer steps. What crashes in diffusers' classes, or does not
+    come to a number, takes no part.
+    """
+    for count in range(steps, 0, -1):
+        calls = 0
+
+        def network(x: Tensor, t: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls > steps:
+                raise _TooMany
+            return problem.network(x, t, kind)
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scheduler = build()
+            ours = type(scheduler).__module__.startswith("diffalign.")
+            found = sample(
+                network, problem.noise, scheduler, num_inference_steps=count, mu=mu if ours else None
+            )
+        except _TooMany:
+            continue
+        except (IndexError, ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError):
+            return None
+        errors = relative_errors(found.double(), end.double()).cpu().numpy()
+        return errors if np.isfinite(errors).all() else None
+    return None
+
+
+class _TooMany(Exception):
+    """A scheduler asked more often than it may."""
+
+
+# ------------------------------------------------------------------- table
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per problem, guidance scale and number of evaluations: geometric means over the seeds.
+
+    ``ratio`` columns are the plan's error over the best uncalibrated one's, and their worst seed.
+    """
+    rows = []
+    keys = dict.fromkeys((c["problem"], c["guidance"], c["steps"]) for c in cells)
+    for problem, guidance, steps in keys:
+        own = [c for c in cells if (c["problem"], c["guidance"], c["steps"]) == (problem, guidance, steps)]
+
+        def mean(name: str, own: Sequence[Mapping[str, Any]] = own) -> float:
+            return float(np.exp(np.mean([np.log(max(c[name], 1e-12)) for c in own])))
+
+        ratios = {what: [c[f"plan_{what}"] / c[what] for c in own] for what in ("p90", "mean")}
+        goal = {"p90": 0.25, "mean": 0.4} if problem.startswith(MIXTURE) else {"p90": 0.5, "mean": 0.5}
+        p90, average = (float(np.exp(np.mean(np.log(ratios[what])))) for what in ("p90", "mean"))
+        rows.append(
+            {
+                "problem": problem,
+                "guidance": guidance,
+                "steps": steps,
+                "best uncalibrated": max(
+                    (c["best_p90"] for c in own), key=[c["best_p90"] for c in own].count
+                ),
+                "p90": mean("p90"),
+                "plan p90": mean("plan_p90"),
+                "ratio p90": p90,
+                "worst p90": max(ratios["p90"]),
+                "mean": mean("mean"),
+                "plan mean": mean("plan_mean"),
+                "ratio mean": average,
+                "worst mean": max(ratios["mean"]),
+                "far": float(np.mean([c["plan_far"] for c in own])),
+                "goal": "met" if p90 <= goal["p90"] and average <= goal["mean"] else "missed",
+            }
+        )
+    return rows

@@ -1,0 +1,161 @@
+"""The comparison of fitted samplers: fair cells, a run that goes on, a table that says what was missed."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffalign.bench import plans
+from diffalign.bench.networks import SD_SCHEDULER
+from diffalign.bench.plans import Case, PlansConfig, errors_of, mixture_problem, table, uncalibrated
+from diffalign.cli import main
+from diffalign.pipelines.load import make_scheduler
+from diffalign.solvers import GaussianMixture, NoiseSchedule, sample
+from diffalign.solvers.calibrated import Table, trace
+from diffalign.solvers.fitting import judge, solve
+
+SCHEDULE = NoiseSchedule.from_config(SD_SCHEDULER)
+SMALL = {
+    "noises": 8,
+    "test_noises": 6,
+    "iterations": 2,
+    "fits": 1,
+    "trajectory": [0.5],
+    "reference_steps": 12,
+}
+
+
+@pytest.fixture(autouse=True)
+def few_schedulers(monkeypatch):
+    monkeypatch.setattr(plans, "OURS", plans.OURS[:3])
+    monkeypatch.setattr(plans, "GRIDS", ("auto", "karras"))
+    monkeypatch.setattr(plans, "THEIRS", plans.THEIRS[:1])
+
+
+def words(folder, *more):
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    return ["bench", "plans", "--output_dir", str(folder), *options, "--problems", "mixture-0", *more]
+
+
+def test_a_run_end_to_end_goes_on_with_more_seeds(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "plans"
+    base = ["--steps", "3", "4", "--mixture_guidance", "1", "2"]
+    assert main(words(folder, *base, "--seeds", "0")) == 0
+    done = []
+    whole = plans.measured
+    monkeypatch.setattr(plans, "measured", lambda case, n: done.append((case.seed, n)) or whole(case, n))
+    assert main(words(folder, *base, "--seeds", "0", "1")) == 0
+    assert done == [(1, 3), (1, 4)] * 2
+    found = json.loads((folder / "plans.json").read_text())
+    assert len(found["rows"]) == 4
+    assert len(found["cells"]) == 8
+    assert {row["goal"] for row in found["rows"]} <= {"met", "missed"}
+    for cell in found["cells"]:
+        assert cell["tried"] >= 8
+        assert 0 < cell["p90"] < 2
+    with (folder / "plans.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert (folder / "plans.png").stat().st_size > 1000
+    assert "best uncalibrated" in capsys.readouterr().out
+    assert main(words(folder, *base, "--noises", "12")) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_reduced_coordinates_are_the_mixture():
+    """Errors of a solver on K + 1 numbers are its errors on the whole images."""
+    mixture = GaussianMixture.random(seed=3)
+    problem = mixture_problem(mixture, 3.0, 4, 5)
+    times, weights = trace(make_scheduler("dpm-solver++", SD_SCHEDULER, final_sigmas_type="zero"), 6)
+    found = judge(problem, solve(problem, 60), Table(times[:-1], weights), slice(0, 4))
+    noise = torch.randn(4, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).reshape(
+        4, 4, 8, 8
+    )
+    labels = np.unique(mixture.labels)
+    classes = [int(labels[i % len(labels)]) for i in range(4)]
+    network = mixture.model(SCHEDULE, guidance_scale=3.0, classes=classes)
+    end = mixture.solve(noise, SCHEDULE, t_end=SCHEDULE.t_min, guidance_scale=3.0, classes=classes)
+    exact, _ = mixture._guided(end, *(float(v) for v in SCHEDULE.alpha_sigma(SCHEDULE.t_min)), 3.0, classes)
+    drawn = sample(
+        network,
+        noise,
+        make_scheduler("dpm-solver++", SD_SCHEDULER, final_sigmas_type="zero"),
+        num_inference_steps=6,
+    )
+    wanted = (drawn - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-3, atol=1e-6)
+
+
+def test_a_scheduler_is_judged_as_its_table_is():
+    problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 6, 0)
+    truth = solve(problem, 40)
+    for name, build in uncalibrated(SD_SCHEDULER):
+        found = errors_of(problem, truth.end, build, 5, "epsilon", None)
+        assert found is not None, name
+        scheduler = build()
+        if type(scheduler).__module__.startswith("diffalign."):
+            times, weights = trace(scheduler, 5)
+            wanted = judge(problem, truth, Table(times[:-1], weights), slice(0, 6))
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, err_msg=name)
+
+
+def test_no_scheduler_gets_more_evaluations_than_the_plan():
+    problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 2, 0)
+    truth = solve(problem, 20)
+    asked = []
+    network = type(problem).network
+
+    class Counted(type(problem)):
+        def network(self, x, t, kind):
+            asked.append(float(t))
+            return network(self, x, t, kind)
+
+    counted = Counted(problem.predict, problem.schedule, problem.noise)
+    heun = make_scheduler("HeunDiscreteScheduler", SD_SCHEDULER)
+    assert errors_of(counted, truth.end, lambda: heun, 5, "epsilon", None) is not None
+    assert heun.num_inference_steps == 3  # 2 x 3 - 1 evaluations
+    assert errors_of(counted, truth.end, lambda: 1 / 0, 5, "epsilon", None) is None
+
+
+def test_fit_and_test_share_no_noise_and_seeds_differ():
+    config = PlansConfig(**SMALL)
+    noises = [
+        case._problem(held_out=held_out).noise
+        for case in (Case(config, "mixture-0", 1.0, 0), Case(config, "mixture-0", 1.0, 1))
+        for held_out in (False, True)
+    ]
+    firsts = [noise[0] for noise in noises]
+    assert len({tuple(one.tolist()) for one in firsts}) == 4
+
+
+def cell(seed, plan, best, **more):
+    known = {"problem": "mixture-0", "guidance": 1.0, "steps": 5, "best_p90": "x", "best_mean": "x"}
+    numbers = {"p90": best, "mean": best, "plan_p90": plan, "plan_mean": plan, "plan_far": 0.0}
+    return known | numbers | {"seed": seed} | more
+
+
+@pytest.mark.parametrize(
+    ("problem", "plan", "goal"),
+    [("mixture-0", 0.24, "met"), ("mixture-0", 0.3, "missed"), ("playground/sd", 0.45, "met")],
+)
+def test_the_table_says_what_was_missed(problem, plan, goal):
+    rows = table([cell(0, plan, 1.0, problem=problem), cell(1, 4 * plan, 4.0, problem=problem)])
+    assert len(rows) == 1
+    assert rows[0]["ratio p90"] == pytest.approx(plan)
+    assert rows[0]["p90"] == pytest.approx(2.0)
+    assert rows[0]["goal"] == goal
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--problems", "mixture-x"], "a mixture is named by its seed"),
+        (["--steps", "1"], "must be 2 or more"),
+        (["--mixture_guidance", "0.5"], "must be 1 or more"),
+        (["--noises", "2"], "noises must be at least 4"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path, capsys, options, said):
+    assert main(["bench", "plans", "--output_dir", str(tmp_path / "x"), *options]) == 2
+    assert said in capsys.readouterr().err
