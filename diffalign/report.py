@@ -26,10 +26,11 @@ def png_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def save_png(path: Path, image: np.ndarray) -> None:
+def save_png(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 as a PNG file, whole or not at all."""
     from PIL import Image
 
+    path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         Image.fromarray(image).save(part, "PNG")

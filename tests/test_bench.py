@@ -455,7 +455,7 @@ def test_differing_captions_come_first_in_before_and_after():
     )
     columns = sheet[5:, 5:-5].reshape(-1, 3)
     assert (columns == 9).all(1).any()
-    good, bad = ([int(plots.PALETTE[k][i : i + 2], 16) for i in (1, 3, 5)] for k in ("good", "bad"))
+    good, bad = ([int(hue[i : i + 2], 16) for i in (1, 3, 5)] for hue in plots.HUES[:2])
     assert (sheet[1, 5] == good).all()  # of the second caption, good before
     assert (sheet[17, 5] == bad).all()  # and bad after
 

@@ -117,3 +117,45 @@ def test_the_trainer_walk_gives_a_trainer(tmp_path):
     loss, logit = trainer.pair_loss(errors, batch=None)
     torch.testing.assert_close(loss, torch.tensor([1.25]))  # 1 + 0.5 relu(-(2 - 3) / 2)
     torch.testing.assert_close(logit, torch.tensor([-0.5]))
+
+
+RUNS = re.compile(r"^<!-- runs(?:, with (.+?))? -->\n```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def runnable(page: str) -> list[tuple[str, str]]:
+    """Language and text of the blocks below ``<!-- runs -->``.
+
+    ``<!-- runs, with 1 for 100; a for b -->`` changes the numbers to small ones, which must be there.
+    """
+    found = []
+    for changes, language, code in RUNS.findall(page):
+        for change in filter(None, changes.split("; ")):
+            new, _, old = change.partition(" for ")
+            assert old in code, f"{old!r} is not in the block that begins {code[:60]!r}"
+            code = code.replace(old, new)
+        found.append((language, code))
+    return found
+
+
+@pytest.mark.parametrize("name", ["benchmarking", "calibration", "steering"])
+def test_the_tutorials_run_on_the_playground(name, tmp_path, monkeypatch):
+    """All runnable blocks of a page one after the other, as a reader would paste them: commands and code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parts = runnable((ROOT / "docs" / f"{name}.md").read_text())
+    assert any(language == "python" for language, _ in parts)
+    namespace: dict[str, object] = {"__name__": f"docs_{name}"}
+    for language, code in parts:
+        if language == "python":
+            exec(compile(code, f"docs/{name}.md", "exec"), namespace)
+        else:
+            for words in commands(f"```\n{code}```\n"):
+                assert cli.main(words[1:]) == 0, words
+
+
+def test_runnable_blocks_are_found_and_changed():
+    page = "<!-- runs, with 1 for 100 -->\n```python\nf(100)\n```\n```python\ng()\n```\n"
+    assert runnable(page) == [("python", "f(1)\n")]
+    assert runnable("<!-- runs -->\n```\ndiffalign demo\n```\n") == [("", "diffalign demo\n")]
+    with pytest.raises(AssertionError, match="'100' is not in the block"):
+        runnable(page.replace("f(100)", "f(99)"))

@@ -207,7 +207,7 @@ def before_after(
     *,
     columns: int = 12,
 ) -> np.ndarray:
-    """Before above after, same caption and noise in a column; a frame is green where the image is good.
+    """Before above after, same caption and noise in a column; framed blue where it is good, else orange.
 
     Columns are the first captions on which the two are told apart, then the first of the rest, two blocks.
 
@@ -222,7 +222,7 @@ def before_after(
         chosen = order[start : start + columns]
         images = np.concatenate([before[chosen], after[chosen]])
         good = np.concatenate([good_before[chosen], good_after[chosen]])
-        frames = [PALETTE["good"] if is_good else PALETTE["bad"] for is_good in good]
+        frames = [HUES[0] if is_good else HUES[1] for is_good in good]
         blocks.append(tile(images, len(chosen), frames=frames))
     width = max(b.shape[1] for b in blocks)
     gap = np.full((10, width, 3), 255, np.uint8)

@@ -7,7 +7,7 @@ import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def command_line(name: str, config: Any) -> str:
     """The command line that repeats a run: every option of ``config`` that differs from its default."""
 
     def text(value: Any) -> str:
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
         if isinstance(value, dict):
             return json.dumps(value)
         return f"{value:g}" if isinstance(value, float) else str(value)

@@ -190,7 +190,7 @@ def _on_mixture(config: SamplersConfig, out: Path) -> _Found:
         guidance=config.guidance,
         samples=config.samples,
         seed=config.seed,
-        dtypes=dtypes,
+        dtypes=list(dict.fromkeys(dtypes)),
         folder=out / "rows",
     )
     return result, [], {}
