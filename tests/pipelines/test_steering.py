@@ -6,17 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffalign.bench.networks import tiny_pipeline
 from diffalign.errors import RunFailed, UserError
-from diffalign.pipelines import best_of, zo_rank
+from diffalign.models import load_adapter
+from diffalign.pipelines import best_of, code_edit, zo_rank
 from diffalign.pipelines import flow_nrg as flow_nrg_module
 from diffalign.pipelines import reno as reno_module
 from diffalign.pipelines.best_of import best_of_n, candidate_seeds, search_steps
+from diffalign.pipelines.code_edit import clip_to_confidence, depth_grid
+from diffalign.pipelines.code_edit import code_edit as edit
 from diffalign.pipelines.flow_nrg import flow_nrg, tilt
 from diffalign.pipelines.reno import ReNOPipeline, norm_penalty, optimise_noise, reno
 from diffalign.pipelines.steering import Drawing, frozen
@@ -210,9 +214,42 @@ def test_a_steering_pipeline_loads_as_any_other(pipe, tmp_path):
         np.testing.assert_allclose(loaded("a", redness, **options).images, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("module", [best_of, flow_nrg_module, reno_module, zo_rank])
-def test_diffusers_finds_the_one_pipeline_of_a_module(module):
+@pytest.mark.parametrize("module", [best_of, code_edit, flow_nrg_module, reno_module, zo_rank])
+def test_a_module_is_a_custom_pipeline_of_diffusers(module, pipe, tmp_path):
     assert find_pipeline_class(module).__module__ == module.__name__
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=module.__file__, trust_remote_code=True
+    )
+    assert type(loaded).__name__ == find_pipeline_class(module).__name__
+    assert loaded.unet.config.sample_size == pipe.unet.config.sample_size
+
+
+#: every search and guidance, with few steps
+SEARCHES = {
+    "best_of_n": lambda pipe, prompts, **o: best_of_n(pipe, prompts, redness, n=3, **o),
+    "search_steps": lambda pipe, prompts, **o: search_steps(
+        pipe, prompts, redness, candidates=2, transition_options={"eta": 1.0}, **o
+    ),
+    "reno": lambda pipe, prompts, **o: reno(pipe, prompts, redness, iterations=2, **o),
+    "zo_rank_sgd": lambda pipe, prompts, **o: zo_rank_sgd(
+        pipe, prompts, ranked_by(redness), rounds=2, queries=3, **o
+    ),
+    "flow_nrg": lambda pipe, prompts, **o: flow_nrg(pipe, prompts, redness, weight=30.0, **o),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_an_image_of_a_batch_is_the_one_drawn_alone(pipe, name, capsys):
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    together = SEARCHES[name](
+        pipe, ["a", "b", "a"], seeds=[3, 4, 5], batch_size=2, progress=False, **options
+    ).images
+    assert not capsys.readouterr().err
+    alone = SEARCHES[name](pipe, ["b"], seeds=[4], batch_size=1, progress=True, **options).images
+    assert "100%" in capsys.readouterr().err  # a bar that gets to its end
+    torch.testing.assert_close(alone, together[1:2], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(together[0], together[2], atol=1e-3)  # another seed
 
 
 # ------------------------------------------------------------ ZO-RankSGD
@@ -397,3 +434,103 @@ def test_guidance_by_reward_raises_it(pipe):
             num_inference_steps=2,
             progress=False,
         )
+
+
+# ------------------------------------------------------------ editing along the ODE
+
+
+@pytest.fixture(scope="module")
+def pictures(pipe):
+    side = load_adapter(pipe).default_resolution
+    return torch.randint(256, (3, 3, side, side), generator=torch.Generator().manual_seed(0)) / 255
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_without_updates_an_image_comes_back(families, family, pictures):
+    pipe = families.build(family)
+    pipe.vae.register_to_config(scaling_factor=4.0)  # the latents of an untrained autoencoder are small
+    adapter = load_adapter(pipe)
+    side = adapter.default_resolution
+    images = pictures[:, :, :side, :side]
+    options = {"updates": 0, "confidence": 1.0, "guidance_scale": 1.0, "progress": False}
+    kept = adapter.decode(adapter.encode_images(2 * images - 1)["latents"]).div(2).add(0.5).clamp(0, 1)
+
+    def error(steps):
+        out = edit(pipe, "a", images, num_inference_steps=steps, output_type="pt", **options)
+        assert out.clipped.tolist() == [0, 0, 0]
+        return (out.images - kept).abs().mean().item()
+
+    assert error(24) < 0.02
+    assert error(24) < error(6)
+
+
+def test_an_edit_does_not_depend_on_the_batch(pipe, pictures, capsys):
+    prompts, options = ["a", "b", "c"], {"num_inference_steps": 4, "depths": [0.6, 0.3], "updates": 2}
+    together = edit(pipe, prompts, pictures, batch_size=2, progress=False, output_type="pt", **options)
+    alone = edit(pipe, "b", pictures[1:2], batch_size=1, output_type="pt", **options)
+    torch.testing.assert_close(alone.images, together.images[1:2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(alone.latents, together.latents[1:2], rtol=1e-3, atol=1e-3)
+    assert "12/12" in capsys.readouterr().err  # 4 up, 2 at each of two depths, 4 down
+    (picture,) = edit(pipe, "b", as_picture(pictures[1]), progress=False, **options).images
+    assert np.abs(np.asarray(picture) / 255 - together.images[1].permute(1, 2, 0).numpy()).mean() < 0.02
+
+
+def as_picture(image):
+    return Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def test_updates_follow_the_score(pipe, pictures):
+    """One update at one depth is x - step sigma eps; the way back is the same for both."""
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "confidence": 1.0, "order": 1}
+    adapter = load_adapter(pipe)
+    schedule = adapter.schedule
+    outs = [
+        edit(pipe, "a", pictures, updates=n, step_size=0.2, progress=False, output_type="pt", **options)
+        for n in (0, 1)
+    ]
+    assert torch.equal(outs[0].latents, outs[1].latents)
+    times, places = depth_grid(schedule, [0.5], 1)
+    assert places == [1]
+    alpha, sigma = schedule.alpha_sigma(times[1])
+    alpha_0, sigma_0 = schedule.alpha_sigma(times[0])
+
+    def eps(x):
+        t = torch.full((3,), float(times[1]))
+        cond = {
+            name: value.expand(3, *value.shape[1:]) for name, value in adapter.encode_prompts(["a"]).items()
+        }
+        with torch.no_grad():
+            return adapter.denoise(x, t, cond)
+
+    x = outs[1].latents - 0.2 * float(sigma) * eps(outs[1].latents)
+    down = float(alpha_0 / alpha) * (x - float(sigma) * eps(x)) + float(sigma_0) * eps(x)  # DDIM
+    expected = adapter.decode(down).div(2).add(0.5).clamp(0, 1)
+    torch.testing.assert_close(outs[1].images, expected, rtol=1e-3, atol=1e-3)
+
+
+@given(st.floats(0.05, 0.99), st.floats(0.0, 1.0), st.floats(0.01, 1.0))
+@settings(max_examples=20, deadline=None)
+def test_the_interval_holds_the_share_it_is_named_after(confidence, alpha, sigma):
+    noise = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    x = noise * float(np.hypot(alpha, sigma))
+    clipped = clip_to_confidence(x, alpha, sigma, confidence)
+    assert (clipped == x).float().mean().item() == pytest.approx(confidence, abs=0.02)
+    assert torch.equal(clipped, clip_to_confidence(clipped, alpha, sigma, confidence))
+    assert clip_to_confidence(x, alpha, sigma, 1.0) is x
+
+
+def test_what_an_edit_cannot_do_is_refused(pipe, pictures, families):
+    for options, match in (
+        ({"depths": 1.0}, "depths must lie above 0 and below 1"),
+        ({"depths": []}, "depths must lie above 0 and below 1"),
+        ({"confidence": 0.0}, "confidence must lie above 0"),
+        ({"updates": -1}, "updates must be at least 0"),
+        ({"order": 3}, "order must be 1 or 2"),
+        ({"source_prompt": ["a", "b"]}, "2 texts in source_prompt but 3 images"),
+    ):
+        with pytest.raises(UserError, match=match):
+            edit(pipe, "a", pictures, progress=False, **options)
+    with pytest.raises(UserError, match="2 texts in prompt but 3 images"):
+        edit(pipe, ["a", "b"], pictures)
+    with pytest.raises(UserError, match="WanPipeline makes videos"):
+        edit(families.build("wan"), "a", pictures)
