@@ -59,7 +59,7 @@ def error_figure(comparison: Comparison) -> Any:
         rows = [row for row in comparison.rows if row.sampler == name]
         right.plot([r.nfe for r in rows], [r.scores["true"] for r in rows], markersize=4.5, **style)
     nfe_axis(right, [row.steps for row in comparison.rows])
-    right.set(ylim=(0, 1), ylabel="captions true of the image")
+    right.set(ylim=(0, 1), xlabel="network evaluations", ylabel="captions true of the image")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 

@@ -70,6 +70,8 @@ def test_render_escapes_and_refuses_missing_names():
         "yardstick": "x",
         "steps": [5],
         "parts": [],
+        "trajectories": [],
+        "skipped": [],
         "command": "diffalign",
         "environment": {"torch": "2"},
     }

@@ -391,8 +391,9 @@ def plot(points: Sequence[Point]) -> Any:
     Errors are geometric means over the problems and guidance scales that have all grids; the band of the
     ratio holds the middle 80 %.
     """
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator
 
+    from diffalign.bench.plots import nfe_axis
     from diffalign.report import PALETTE, new_figure
 
     orders = sorted({p.order for p in points})
@@ -427,11 +428,8 @@ def plot(points: Sequence[Point]) -> Any:
         lower.set_ylabel("error of auto / best grid's")
         lower.set_xlabel("network evaluations")
         for ax in (upper, lower):
-            ax.set_xscale("log")
+            nfe_axis(ax, steps)
             ax.set_yscale("log")
-            ax.set_xticks(steps)
-            ax.xaxis.set_major_formatter(ScalarFormatter())
-            ax.xaxis.set_minor_locator(NullLocator())
             ax.tick_params(labelsize=8)
         lower.set_yticks([0.125, 0.25, 0.5, 1, 2, 4], ["1/8", "1/4", "1/2", "1", "2", "4"])
         lower.yaxis.set_minor_locator(NullLocator())

@@ -48,7 +48,6 @@ def nfe_axis(axes: Any, evaluations: Sequence[int]) -> None:
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("network evaluations")
 
 
 def slope(nfe: Sequence[float], error: Sequence[float], floor: float = 0.0) -> float | None:
@@ -84,8 +83,7 @@ def draw_errors(axes: Any, rows: Sequence[Row], reference_error: float = 0.0) ->
             fontsize=8,
             color="#60646c",
         )
-    axes.set_yscale("log")
-    axes.set_ylabel("relative error (median)")
+    axes.set(xlabel="network evaluations", ylabel="relative error (median)", yscale="log")
     nfe_axis(axes, [row.steps for row in rows])
 
 
