@@ -240,8 +240,10 @@ class ModelAdapter(ABC):
             encoder.to(device)
 
     def identity(self) -> dict[str, str]:
-        """What cached encodings depend on: a digest of the weights of each encoder."""
-        return {name: digest(encoder.state_dict()) for name, encoder in self._encoders().items()}
+        """What cached encodings depend on: a digest of each encoder's weights, and the latents' units."""
+        found = {name: digest(encoder.state_dict()) for name, encoder in self._encoders().items()}
+        units = self._latent_units(torch.zeros(1, 1))
+        return found | {"units": digest({str(i): torch.as_tensor(unit) for i, unit in enumerate(units)})}
 
     def _encoders(self) -> dict[str, nn.Module]:
         """Those that the pipeline has: some may be left out, like the T5 of SD3."""

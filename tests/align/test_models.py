@@ -125,6 +125,9 @@ def test_cache_identity_follows_the_encoders(adapter):
     after = adapter.identity()
     assert before["vae"] != after["vae"]
     assert before["text_encoder"] == after["text_encoder"]
+    assert before["units"] == after["units"]
+    adapter.pipeline.vae.register_to_config(scaling_factor=0.5)
+    assert adapter.identity()["units"] != before["units"]
 
 
 @pytest.mark.parametrize(
