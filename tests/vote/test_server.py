@@ -1,6 +1,7 @@
 """The page's server: what it answers, and to whom."""
 
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -265,7 +266,9 @@ def started():
 
     def start(*options):
         command = [sys.executable, "-m", "diffalign", "vote", "--port", "0", "--no_open", *options]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        # A shell may have told what runs in its background to ignore Ctrl-C.
+        heeding = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heeding)
         running.append(process)
         for line in process.stdout:
             if found := re.search(r"http://\S+", line):
