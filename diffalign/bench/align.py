@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffalign import output
 from diffalign.bench.align_judge import Judged, implicit_accuracy, judge
+from diffalign.bench.kept import open_folder
 from diffalign.errors import UserError, suggestion
 
 Option = int | float | bool | str
@@ -118,7 +118,7 @@ class AlignConfig:
         eval_prompts: held-out captions per seed
         steps: network evaluations per image for pairs and for judging
         guidance: classifier-free guidance scale, everywhere
-        overwrite: start anew where other settings have been used
+        overwrite: start anew in a folder that holds a contest
     """
 
     output_dir: str = "outputs/bench/align"
@@ -164,6 +164,9 @@ class AlignConfig:
             raise UserError(f"--held_out must be between 0 and 1, but is {self.held_out}")
 
 
+_FREE = ("output_dir", "overwrite", "methods", "seeds")  # more of these may be added later
+
+
 def run(config: AlignConfig) -> list[dict[str, Any]]:
     """The command ``diffalign bench align``; returns the rows of the table."""
     from diffusers.utils import logging
@@ -171,7 +174,7 @@ def run(config: AlignConfig) -> list[dict[str, Any]]:
     from diffalign.bench.align_report import write_report
 
     logging.set_verbosity_error()  # of LoRAs without a text encoder's part, which all of these are
-    folder = _open(config)
+    folder = open_folder(config, _FREE, "seed-*")
     jobs = [(seed, name) for seed in config.seeds for name in ("base", *config.methods)]
     judged: dict[tuple[int, str], Judged] = {}
     with tqdm(jobs, desc="contest", unit="run") as bar:
@@ -182,25 +185,6 @@ def run(config: AlignConfig) -> list[dict[str, Any]]:
     print(write_report(folder, config, rows))
     print(f"\nreport: {folder / 'report.html'}")
     return rows
-
-
-def _open(config: AlignConfig) -> Path:
-    """The folder of the contest, if it is new or holds one with the same settings."""
-    free = ("output_dir", "overwrite", "methods", "seeds")  # more of these may be added later
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    file = Path(config.output_dir).expanduser() / "settings.json"
-    going_on = file.is_file() and json.loads(file.read_text()) == settings
-    if file.is_file() and not going_on and not config.overwrite:
-        raise UserError(
-            f"{str(file.parent)!r} holds a contest with other settings (settings.json): choose another "
-            "--output_dir, or start anew with --overwrite"
-        )
-    folder = output.prepare(config.output_dir, overwrite=going_on or config.overwrite)
-    if not going_on:
-        for path in folder.glob("seed-*"):
-            shutil.rmtree(path)
-        output.write_json(file, settings)
-    return folder
 
 
 def contestant(config: AlignConfig, folder: Path, seed: int, name: str) -> Judged:

@@ -48,7 +48,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "6 apart, small": {"shape": (3, 8, 8), "components": 6, "classes": 2, "spread": 1.0, "seed": 14},
     "6 between": {"shape": (4, 16, 16), "components": 6, "classes": 3, "spread": 0.6, "seed": 15},
 }
-_SPACINGS: dict[str, dict[str, Any]] = {
+SPACINGS: dict[str, dict[str, Any]] = {
     "linspace": {"timestep_spacing": "linspace"},
     "leading": {"timestep_spacing": "leading", "steps_offset": 1},
     "trailing": {"timestep_spacing": "trailing"},
@@ -158,7 +158,7 @@ def schedulers(config: Mapping[str, Any], order: int) -> dict[str, Any]:
     from diffusers import DPMSolverMultistepScheduler
 
     flow = NoiseSchedule.from_config(config).is_flow
-    spacings: dict[str, dict[str, Any]] = {"flow": {}} if flow else _SPACINGS
+    spacings: dict[str, dict[str, Any]] = {"flow": {}} if flow else SPACINGS
     found: dict[str, Any] = {AUTO: DPMSolverPPScheduler.from_config(config, solver_order=order)}
     for name, options in spacings.items():
         for final in ("zero", "sigma_min"):

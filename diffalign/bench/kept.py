@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffalign import output
 from diffalign.errors import UserError
+
+SETTINGS = "settings.json"
+
+
+def open_folder(config: Any, free: Collection[str], pieces: str) -> Path:
+    """The output folder of a long run, if it is new or holds a part of the same run.
+
+    Args:
+        config: dataclass of the settings, with ``output_dir`` and ``overwrite``.
+        free: settings that may differ from those of the part that is there.
+        pieces: pattern of what ``overwrite`` removes from the folder.
+
+    Raises:
+        UserError: a run with other settings is there, or something else is.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    settings = json.loads(json.dumps(settings))
+    file = Path(config.output_dir).expanduser() / SETTINGS
+    known = json.loads(file.read_text()) if file.is_file() else None
+    if known is not None and known != settings and not config.overwrite:
+        other = [f"--{name}" for name, value in settings.items() if known.get(name) != value]
+        raise UserError(
+            f"{str(file.parent)!r} holds a run with other settings ({', '.join(other)}): choose another "
+            "--output_dir, or start anew with --overwrite"
+        )
+    folder = output.prepare(config.output_dir, overwrite=known is not None or config.overwrite)
+    if config.overwrite:
+        for path in folder.glob(pieces):
+            shutil.rmtree(path)
+    output.write_json(folder / SETTINGS, settings)
+    return folder
 
 
 @dataclass(frozen=True)

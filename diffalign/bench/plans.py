@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from diffalign import output
-from diffalign.bench.grids import coordinates
+from diffalign.bench.grids import SPACINGS, coordinates
+from diffalign.bench.kept import open_folder
 from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.bench.samplers import relative_errors
 from diffalign.errors import UserError
@@ -62,15 +62,7 @@ THEIRS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("HeunDiscreteScheduler", {}),
     ("LMSDiscreteScheduler", {}),
 )
-SPACINGS: dict[str, dict[str, Any]] = {
-    "linspace": {"timestep_spacing": "linspace"},
-    "leading": {"timestep_spacing": "leading", "steps_offset": 1},
-    "trailing": {"timestep_spacing": "trailing"},
-    "karras": {"use_karras_sigmas": True},
-    "lu": {"use_lu_lambdas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-}
+_FREE = ("output_dir", "overwrite", "problems", "mixture_guidance", "guidance", "steps", "seeds", "device")
 _FIRST = 256  # all schedulers are tried on so many of the test noises, the best on all
 _FINALISTS = 6
 
@@ -151,7 +143,7 @@ def run(config: PlansConfig) -> list[dict[str, Any]]:
     from diffalign.bench.plans_report import write_report
 
     logging.set_verbosity_error()  # of options that diffusers' classes change for themselves
-    folder = _open(config)
+    folder = open_folder(config, _FREE, "cells")
     jobs = [
         (problem, guidance, seed)
         for problem in config.problems
@@ -177,26 +169,6 @@ def run(config: PlansConfig) -> list[dict[str, Any]]:
 
 def _slug(problem: str) -> str:
     return problem.replace("/", "_")
-
-
-def _open(config: PlansConfig) -> Path:
-    """The folder, if it is new or holds a run with the same settings."""
-    import shutil
-
-    free = ("output_dir", "overwrite", "problems", "mixture_guidance", "guidance", "steps", "seeds", "device")
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    file = Path(config.output_dir).expanduser() / "settings.json"
-    going_on = file.is_file() and json.loads(file.read_text()) == settings
-    if file.is_file() and not going_on and not config.overwrite:
-        raise UserError(
-            f"{str(file.parent)!r} holds a run with other settings (settings.json): choose another "
-            "--output_dir, or start anew with --overwrite"
-        )
-    folder = output.prepare(config.output_dir, overwrite=going_on or config.overwrite)
-    if not going_on:
-        shutil.rmtree(folder / "cells", ignore_errors=True)
-        output.write_json(file, settings)
-    return folder
 
 
 # ------------------------------------------------------------------- problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.bench import against
+from diffalign.bench.kept import open_folder
 from diffalign.errors import UserError
-from diffalign.output import prepare, write_json, write_text
+from diffalign.output import write_text
 from diffalign.rewards.ensemble import RewardSpec
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _FREE = {
     "against",
 }
 _FREE |= {"tolerance", "cache_dir", "batch_size", "device", "trajectories"}
-_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def run(config: SamplersConfig) -> Comparison:
         Worse: `against` was given, and something got worse.
     """
     earlier = against.read(config.against, asdict(config)) if config.against else None
-    out = _open(config)
+    out = open_folder(config, _FREE, "rows")
     measure = _on_mixture if config.model == MIXTURE else _on_pipeline
     result, prompts, strips = measure(config, out)
     for sentence in result.skipped:
@@ -157,25 +156,6 @@ def run(config: SamplersConfig) -> Comparison:
     if earlier is not None:
         _judge(earlier, result, config)
     return result
-
-
-def _open(config: SamplersConfig) -> Path:
-    """The output folder, if it is new or holds a part of the same comparison."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    settings = json.loads(json.dumps(settings))
-    file = Path(config.output_dir).expanduser() / _SETTINGS
-    known = json.loads(file.read_text()) if file.is_file() else None
-    if known is not None and known != settings and not config.overwrite:
-        other = [f"--{name}" for name, value in settings.items() if known.get(name) != value]
-        raise UserError(
-            f"{str(file.parent)!r} holds a comparison with other settings ({', '.join(other)}): choose "
-            "another --output_dir, or start anew with --overwrite"
-        )
-    out = prepare(config.output_dir, overwrite=known is not None or config.overwrite)
-    if config.overwrite:
-        shutil.rmtree(out / "rows", ignore_errors=True)
-    write_json(out / _SETTINGS, settings)
-    return out
 
 
 def _on_mixture(config: SamplersConfig, out: Path) -> _Found:

@@ -83,6 +83,7 @@ class Trainer(ABC, Generic[C]):
 
     method: ClassVar[str]  # as on the command line
     unit: ClassVar[str] = "pair"  # what the data are made of, for the model card
+    network: Any = None  # what trains in place of the denoiser, set by make_weights
     shardable: ClassVar[bool] = False  # whether it runs with weights split over processes (FSDP2)
     #: If not, why: split weights answer only when all processes ask, as often as each other.
     whole_because: ClassVar[str] = "its processes draw samples or scores each at its own pace"
@@ -166,11 +167,14 @@ class Trainer(ABC, Generic[C]):
     @property
     def trained(self) -> Any:
         """The network in training: bare, or as accelerate wraps it while the loop runs."""
-        return self.adapter.denoiser
+        return self.adapter.denoiser if self.network is None else self.network
 
     @trained.setter
     def trained(self, network: Any) -> None:
-        self.adapter.denoiser = network
+        if self.network is None:
+            self.adapter.denoiser = network
+        else:
+            self.network = network
 
     # ---------------------------------------------------------------- the loop
 

@@ -127,7 +127,7 @@ class LatentRewardTrainer(DenoisingTrainer[LatentRewardConfig]):
             torch.manual_seed(config.seed)
             self.head = self._new_head() if config.init_head is None else latent_reward.load(config.init_head)
         self.head.to(self.accelerator.device)
-        self._network: nn.Module = self.head
+        self.network = self.head
         return HeadWeights(self.head, latent_reward.load)
 
     def _new_head(self) -> LatentReward:
@@ -147,14 +147,6 @@ class LatentRewardTrainer(DenoisingTrainer[LatentRewardConfig]):
         head.mean.fill_(scores.mean())
         head.std.fill_(scores.std())
         return head
-
-    @property
-    def trained(self) -> Any:
-        return self._network
-
-    @trained.setter
-    def trained(self, network: Any) -> None:
-        self._network = network
 
     def encode(self) -> None:
         super().encode()
@@ -191,7 +183,7 @@ class LatentRewardTrainer(DenoisingTrainer[LatentRewardConfig]):
         noised = add_noise(adapter.schedule, adapter.prediction_type, batch.latents, batch.noise, batch.t)
         with torch.no_grad():
             features = first_blocks(adapter, noised.x_t, noised.t, batch.cond)
-        return self._network(features, batch.cond["prompt_embeds"], noised.t)
+        return self.network(features, batch.cond["prompt_embeds"], noised.t)
 
     # ---------------------------------------------------------------- validation
 

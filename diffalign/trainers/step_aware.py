@@ -128,16 +128,8 @@ class StepAwareTrainer(PairTrainer[StepAwareConfig]):
             self.reward = step_aware.load(config.reward_model).to(device)
         if config.gradient_checkpointing:
             self.reward.enable_gradient_checkpointing()
-        self._network: nn.Module = Judge(self.reward)
+        self.network = Judge(self.reward)
         return JudgeWeights(self.reward)
-
-    @property
-    def trained(self) -> Any:
-        return self._network
-
-    @trained.setter
-    def trained(self, network: Any) -> None:
-        self._network = network
 
     def encode(self) -> None:
         super().encode()
@@ -169,7 +161,7 @@ class StepAwareTrainer(PairTrainer[StepAwareConfig]):
         pixels = (self.adapter.decode(latents).float() / 2 + 0.5).clamp(0, 1)
         ids = self.reward.clip.tokenizer(prompts).to(pixels.device)
         times = batch.t.to(pixels.device)
-        chosen, rejected = self._network(self.reward.square(pixels), ids, times).chunk(2)
+        chosen, rejected = self.network(self.reward.square(pixels), ids, times).chunk(2)
         return chosen, rejected
 
     @torch.no_grad()
