@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	    || { rm -rf $(VENV) && uv venv --quiet --seed --python '>=3.11' $(VENV); } \
 	    || { rm -rf $(VENV); echo 'Needed: Python 3.11 or newer with venv (make setup PYTHON=...), or uv'; exit 1; }
 	test $(UV) = uv || test -x $(UV) || $(BIN)/python -m pip install --quiet uv
-	$(UV) pip install --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -29,8 +29,9 @@ setup: $(STAMP) ## build .venv from requirements.lock
 demo: $(STAMP) ## the main job on the embedded playground; leaves outputs/demo/report.html
 	$(BIN)/diffalign demo --output_dir $(OUT)/demo --overwrite
 
+# A process per core, with one thread each: the networks of the tests are too small to share one.
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
