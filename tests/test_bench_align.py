@@ -144,13 +144,28 @@ def test_the_verdict_says_what_the_interval_says_and_why(low, high, implicit, wo
     assert verdict(row) == words
 
 
+@pytest.mark.parametrize("few_step", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_row_is_a_trainer_whose_options_are_accepted(name):
-    config = AlignConfig()
-    options = align.recipe(config, 3, name)
+def test_every_row_is_a_trainer_whose_options_are_accepted(name, few_step):
+    model = {"model": "playground/few-step", "steps": 4, "guidance": 1.0} if few_step else {}
+    options = align.recipe(AlignConfig(**model), 3, name)
     assert options["seed"] == 3
-    align._load(METHODS[name].config)(dataset_name="x", **options).check()
+    trainer_config = align._load(METHODS[name].config)(dataset_name="x", **options)
+    trainer_config.check()
     assert align._load(METHODS[name].trainer).needs_reference or not METHODS[name].reference
+    if few_step and name in ("d3po", "spo", "pso", "ddpo"):  # as its own sampler goes
+        assert (trainer_config.transition, trainer_config.sample_spacing) == ("renoise", "trailing")
+
+
+@pytest.mark.parametrize("model", ["sd", "few-step"])
+@pytest.mark.parametrize("name", ["d3po", "spo", "pso", "ddpo"])
+def test_a_round_of_own_samples_fills_an_optimiser_step(name, model):
+    steps = 4 if model == "few-step" else 12
+    options = align.recipe(AlignConfig(model=f"playground/{model}", steps=steps), 0, name)
+    trained = min(steps - 1, round(options["trained_steps"] * steps))
+    images = options["images_per_prompt"] if name == "ddpo" else 1  # others' items hold a prompt's images
+    items = options["prompts_per_round"] * trained * images
+    assert items >= options["train_batch_size"] * options["gradient_accumulation_steps"] * 1.5
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Method:
     Attributes:
         config, trainer: ``module:class``.
         options: of the trainer, where the common ones (steps, batch, rank, rate) do not do.
+        few_step: further ones on a few-step model, whose sampler noises its predicted image anew.
         reference: whether it is held to a reference, and so should beat fine-tuning.
         own: whether it samples what it learns from by itself, and has the scorer judge it.
         on: the models that it is for: any, flow (playground/flow) or few-step (playground/few-step).
@@ -43,6 +44,7 @@ class Method:
     config: str
     trainer: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    few_step: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = True
     own: bool = False
     on: Literal["any", "flow", "few-step"] = "any"
@@ -61,6 +63,8 @@ _GUIDED = _ROUNDS | {"sampling_guidance_scale": 4.0}
 _OWN = {"prompts_per_round": 64, "images_per_prompt": 4, "sample_batch_size": 64, "learning_rate": 7e-4}
 _STEPS = _OWN | {"same_start": True, "trained_steps": 0.5, "gradient_accumulation_steps": 4}
 _IMAGES = _OWN | {"inner_epochs": 4, "learning_rate": 1e-4}
+#: A few-step model has few noisy steps, and all of them decide content.
+_FEW_STEP = {"transition": "renoise", "sample_spacing": "trailing", "trained_steps": 1.0}
 OWN_CAPTIONS = 4000  # that on-policy methods draw their prompts from
 
 METHODS: dict[str, Method] = {
@@ -73,12 +77,31 @@ METHODS: dict[str, Method] = {
     "seppo": _row("seppo", "SePPO", options=_GUIDED),
     "spin-diffusion": _row("seppo", "SePPO", options=_GUIDED | {"flip": "none", "reference_pool": "latest"}),
     "ddo": _row("ddo", "DDO", options=_ROUNDS | {"beta_ddo": 1.0, "alpha_ddo": 1.0}),
-    "d3po": _row("d3po", "D3PO", own=True, options=_STEPS | {"train_batch_size": 48}),
-    "spo": _row("spo", "SPO", own=True, options=_STEPS | {"images_per_prompt": 1, "train_batch_size": 40}),
+    "d3po": _row(
+        "d3po",
+        "D3PO",
+        own=True,
+        options=_STEPS | {"train_batch_size": 48},
+        few_step=_FEW_STEP | {"train_batch_size": 24},
+    ),
+    "spo": _row(
+        "spo",
+        "SPO",
+        own=True,
+        options=_STEPS | {"images_per_prompt": 1, "branch_from": 0, "train_batch_size": 32},
+        few_step=_FEW_STEP | {"train_batch_size": 16},
+    ),
     "pso": _row(
         "pso", "PSO", own=True, on="few-step", options=_STEPS | {"trained_steps": 1.0, "train_batch_size": 24}
     ),
-    "ddpo": _row("ddpo", "DDPO", own=True, reference=False, options=_STEPS | {"train_batch_size": 192}),
+    "ddpo": _row(
+        "ddpo",
+        "DDPO",
+        own=True,
+        reference=False,
+        options=_STEPS | {"train_batch_size": 192},
+        few_step=_FEW_STEP | {"train_batch_size": 96},
+    ),
     "flow-grpo": _row("ddpo", "FlowGRPO", own=True, on="flow", options=_STEPS | {"train_batch_size": 192}),
     "flow-dpo-online": _row("flow_online", "FlowDPOOnline", own=True, on="flow", options=_IMAGES),
     "flow-rwr-online": _row(
@@ -257,7 +280,18 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
     }
     known = {option.name for option in fields(_load(METHODS[name].config))}
     common = {option: value for option, value in common.items() if option in known}  # not all hold pairs out
-    return common | dict(METHODS[name].options) | config.options.get(name, {})
+    method = METHODS[name]
+    own = {**method.options, **(method.few_step if _few_step(config.model) else {})}
+    return common | own | config.options.get(name, {})
+
+
+def _few_step(model: str) -> bool:
+    """Whether the model is sampled as consistency models are."""
+    from diffusers import DiffusionPipeline
+
+    from diffalign.pipelines.load import resolve_model
+
+    return DiffusionPipeline.load_config(resolve_model(model))["scheduler"][1] == "LCMScheduler"
 
 
 def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) -> dict[str, Any]:
