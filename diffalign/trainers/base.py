@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ from diffalign import output
 from diffalign.errors import RunFailed, UserError
 from diffalign.models import LORA_FILE, ModelAdapter, load_adapter
 from diffalign.pipelines.load import resolve_model
-from diffalign.trainers import checkpoint, curves, validation
+from diffalign.trainers import checkpoint, curves, validation, zero
 from diffalign.trainers.card import upload, write_card
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
@@ -83,8 +84,9 @@ class Trainer(ABC, Generic[C]):
 
     method: ClassVar[str]  # as on the command line
     unit: ClassVar[str] = "pair"  # what the data are made of, for the model card
+    engine: Any = None  # of DeepSpeed, around the network in training
     network: Any = None  # what trains in place of the denoiser, set by make_weights
-    shardable: ClassVar[bool] = False  # whether it runs with weights split over processes (FSDP2)
+    shardable: ClassVar[bool] = False  # whether it runs where processes hold parts of the state
     #: If not, why: split weights answer only when all processes ask, as often as each other.
     whole_because: ClassVar[str] = "its processes draw samples or scores each at its own pace"
 
@@ -100,7 +102,7 @@ class Trainer(ABC, Generic[C]):
         if isinstance(self._dataset, str) and not self._dataset:
             raise UserError("no data to train on: give --dataset_name, a folder, file or hf://owner/name")
         self.accelerator = accelerator_for(config)
-        if self.sharded:
+        if self.divided:
             self.check_sharded()
         self.folder = Path(config.output_dir).expanduser()
         self._resume: Path | None = None
@@ -115,8 +117,13 @@ class Trainer(ABC, Generic[C]):
         """Whether the weights are split over the processes."""
         return self.accelerator.is_fsdp2
 
+    @property
+    def divided(self) -> bool:
+        """Whether processes hold parts of the state: of the weights (FSDP2) or of the optimiser's (ZeRO)."""
+        return self.sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
     def check_sharded(self) -> None:
-        """Refuse what does not work with weights that are split over processes.
+        """Refuse what does not work where the state is :attr:`divided`.
 
         Raises:
             UserError: names it.
@@ -124,11 +131,13 @@ class Trainer(ABC, Generic[C]):
         config = self.config
         if not self.shardable:
             raise UserError(
-                f"{self.method} needs whole weights in every process, since {self.whole_because}: run it "
-                "data-parallel, not FSDP"
+                f"{self.method} does not run under FSDP or DeepSpeed, since {self.whole_because}: run it "
+                "data-parallel, see configs/accelerate/ddp.yaml"
             )
         if config.mixed_precision == "fp16" or config.use_8bit_adam:
-            raise UserError("under FSDP, mixed_precision must be bf16 or no, and use_8bit_adam false")
+            raise UserError(
+                "under FSDP and DeepSpeed, mixed_precision must be bf16 or no, and use_8bit_adam false"
+            )
 
     # ---------------------------------------------------------------- what a method provides
 
@@ -264,7 +273,11 @@ class Trainer(ABC, Generic[C]):
             sums = self.accumulate(step, range(first, first + config.train_batch_size), own_pairs, last=last)
             total = sums if total is None else total + sums
         assert total is not None
-        norm = accelerator.clip_grad_norm_(self.weights.trainable, config.max_grad_norm)
+        if self.engine:  # It clips, and takes no step with a gradient that is not finite.
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+        else:
+            norm = accelerator.clip_grad_norm_(self.weights.trainable, config.max_grad_norm)
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
         norm = whole(torch.as_tensor(norm, device=total.device)).float()
@@ -300,8 +313,16 @@ class Trainer(ABC, Generic[C]):
         with self.exchanged(last):
             with self.accelerator.autocast():
                 losses, sums = self.losses(step, slots)
-            self.accelerator.backward(losses.sum() / own_pairs)
+            self.backward(losses.sum() / own_pairs, last=last)
         return torch.cat([losses.detach().sum()[None].float(), sums])
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss``; ``last`` as of :meth:`accumulate`."""
+        if self.engine:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def exchanged(self, last: bool) -> AbstractContextManager[Any]:
         """Where a backward pass belongs: processes exchange gradients in the last one of a step only."""
@@ -413,6 +434,8 @@ class Trainer(ABC, Generic[C]):
             num_training_steps=config.max_train_steps,
         ).lr_lambdas[0]
         self.trained, self.optimizer = accelerator.prepare(self.trained, optimizer)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.engine = self.trained
         self.weights.refresh()
         self.ema = EMAModel(self.weights.trainable, decay=config.ema_decay) if config.use_ema else None
         if self.ema:
@@ -459,9 +482,12 @@ class Trainer(ABC, Generic[C]):
     def _save_checkpoint(self, step: int) -> None:
         """Processes hold the same state, or parts of one, so the main one writes it; the others wait."""
         main, averages = self.accelerator.is_main_process, {}
-        if main or self.sharded:
+        if main or self.divided:
             weights = self.weights.gather(keep=main) if self.sharded else None
-            moments, optimizer = checkpoint.optimizer_state(self.optimizer, keep=main)
+            if self.engine:
+                moments, optimizer = zero.optimizer_state(self.engine, self.weights.trainable, keep=main)
+            else:
+                moments, optimizer = checkpoint.optimizer_state(self.optimizer, keep=main)
             if self.ema:
                 averages = gathered(zip(self.weights.names, self.ema.shadow_params, strict=True), keep=main)
         if main:
@@ -492,7 +518,10 @@ class Trainer(ABC, Generic[C]):
     def _restore(self, folder: Path) -> int:
         """Take up all but the weights; returns the step."""
         state = checkpoint.read_state(folder)
-        checkpoint.load_optimizer(self.optimizer, folder, state["optimizer"])
+        if self.engine:
+            zero.load_optimizer(self.engine, self.weights.trainable, folder, state["optimizer"])
+        else:
+            checkpoint.load_optimizer(self.optimizer, folder, state["optimizer"])
         if self.ema:
             if not (folder / EMA).is_file():
                 raise UserError(f"{folder} has no moving average; resume without --use_ema")

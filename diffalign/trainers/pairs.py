@@ -63,7 +63,7 @@ class PairTrainer(DenoisingTrainer[P]):
     def check_sharded(self) -> None:
         super().check_sharded()
         if self.config.low_memory:
-            raise UserError("low_memory does not work under FSDP: use gradient_checkpointing")
+            raise UserError("low_memory does not work under FSDP or DeepSpeed: use gradient_checkpointing")
 
     @property
     def pairs(self) -> PairDataset:

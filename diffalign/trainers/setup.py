@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from diffalign.errors import UserError
+from diffalign.trainers import zero
 from diffalign.trainers.config import TrainConfig
 
 PATIENCE = timedelta(hours=6)
@@ -40,13 +41,16 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             # One process may encode, or write a checkpoint, for long while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"accelerate refuses these options: {error}") from error
     kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in kinds and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.configure(accelerator, config)
+    elif accelerator.distributed_type not in kinds and not accelerator.is_fsdp2:
         raise UserError(
-            "training runs on one device, data-parallel on several, or with weights split by FSDP2 "
-            f"(fsdp_version: 2), not under {accelerator.distributed_type.value}: see configs/accelerate"
+            "training runs on one device, data-parallel on several, with weights split by FSDP2 "
+            "(fsdp_version: 2) or with the optimiser split by DeepSpeed (zero_stage: 2), not under "
+            f"{accelerator.distributed_type.value}: see configs/accelerate"
         )
     return accelerator
 

@@ -190,7 +190,7 @@ def test_what_split_weights_cannot_do_is_refused(trainer, monkeypatch, tmp_path)
             with pytest.raises(UserError, match=words):
                 trainer(f"run{rank}", **options)
         monkeypatch.setattr("diffalign.trainers.DiffusionDPOTrainer.shardable", False)
-        with pytest.raises(UserError, match="needs whole weights in every process"):
+        with pytest.raises(UserError, match="does not run under FSDP or DeepSpeed"):
             trainer(f"run{rank}")
 
     processes(1, work, tmp_path)
@@ -238,7 +238,10 @@ def test_accelerate_takes_the_shipped_configs(path):
     command = cli.COMMANDS[" ".join(words[:2])]
     cli.parse(cli._load(command.config), configs.resolve(words[2:]), prog="train", example="")
     config = load_config_from_file(str(path))
-    assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert config.num_processes > 1
     if config.distributed_type == DistributedType.FSDP:
         assert config.fsdp_config["fsdp_version"] == 2
+    elif config.distributed_type == DistributedType.DEEPSPEED:
+        assert config.deepspeed_config["zero_stage"] == 2
+    else:
+        assert config.distributed_type == DistributedType.MULTI_GPU
