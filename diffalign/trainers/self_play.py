@@ -76,7 +76,16 @@ class SelfPlayTrainer(PairTrainer[S]):
 
     unit = "image"
     noises: ClassVar[int] = 2
-    whole_because = "its rounds put new reference weights beside the old ones and share out the sampling"
+    shardable = True
+
+    def check_sharded(self) -> None:
+        super().check_sharded()
+        # Processes sample at their own pace, which split weights cannot; a whole copy of earlier ones can.
+        if self.config.rank or not self.sharded:
+            raise UserError(
+                f"{self.method} runs data-parallel, or under FSDP with all weights (--rank 0); not with a LoRA "
+                "under FSDP, nor under DeepSpeed"
+            )
 
     @abstractmethod
     def reference_of(self, number: int) -> int:
@@ -123,9 +132,11 @@ class SelfPlayTrainer(PairTrainer[S]):
         number, within = divmod(step, self.config.round_steps)
         if within == 0:
             self.start_round(number)
-            if self.accelerator.is_main_process:
-                with self._averaged():
-                    checkpoint.write(self._pool, number, self.weights.save, {})
+            main = self.accelerator.is_main_process
+            with self._averaged():
+                whole = self.weights.gather(keep=main) if self.sharded else None
+                if main:
+                    checkpoint.write(self._pool, number, lambda folder: self.weights.save(folder, whole), {})
             self.accelerator.wait_for_everyone()
         if number != self._round:
             self._begin(number)

@@ -110,13 +110,24 @@ def test_reward_weighted_regression_with_split_weights(run_of, log, tmp_path, mo
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["seppo", "ddo"])
-def test_rounds_with_split_weights_are_refused_with_the_reason(run_of, tmp_path, monkeypatch, name):
-    config, trainer, options = METHODS[name]
+def test_rounds_with_split_weights(run_of, log, tmp_path, monkeypatch):
+    config, trainer, options = METHODS["ddo"]
+    options = options | {"rank": 0, "use_ema": True, "ema_decay": 0.5, "checkpointing_steps": 2}
+
+    def train(where, batch, **more):
+        run_of(config, trainer, where, train_batch_size=batch, **options, **more).train()
 
     def work(number):
         sharding(monkeypatch)
-        with pytest.raises(UserError, match="reference weights beside the old ones"):
-            run_of(config, trainer, "run", **options)
+        train("two", 4)
+        train("two", 4, resume_from_checkpoint="checkpoint-2")
+        with pytest.raises(UserError, match="not with a LoRA under FSDP"):
+            run_of(config, trainer, "lora", **options | {"rank": 4})
 
-    processes(1, work, tmp_path)
+    train("one", 8)
+    processes(2, work, tmp_path)
+    one, two = (log(tmp_path / where) for where in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for mine, theirs in zip(one, two, strict=True):
+        for metric in ("loss", "grad_norm", "rewards/chosen"):
+            assert theirs[metric] == pytest.approx(mine[metric], rel=1e-3, abs=1e-5), metric
