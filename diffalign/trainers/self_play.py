@@ -83,8 +83,8 @@ class SelfPlayTrainer(PairTrainer[S]):
         # Processes sample at their own pace, which split weights cannot; a whole copy of earlier ones can.
         if self.config.rank or not self.sharded:
             raise UserError(
-                f"{self.method} runs data-parallel, or under FSDP with all weights (--rank 0); not with a LoRA "
-                "under FSDP, nor under DeepSpeed"
+                f"{self.method} runs data-parallel, or under FSDP with all weights (--rank 0); "
+                "not with a LoRA under FSDP, nor under DeepSpeed"
             )
 
     @abstractmethod
