@@ -62,7 +62,7 @@ class DPMScheduler(PlanScheduler):
         """Refuse bad values of the options that both classes have."""
         config = self.config
         if config.solver_order not in (1, 2, 3):
-            raise UserError(f"solver_order must be 1, 2 or 3, but is {config.solver_order}")
+            raise UserError(f"solver_order must be 1, 2 or 3, but is {config.solver_order!r}")
         check_choice("algorithm_type", config.algorithm_type, self.algorithms)
         check_choice("solver_method", config.solver_method, ("multistep", "singlestep"))
         check_choice("solver_type", config.solver_type, tuple(_RULES))

@@ -85,7 +85,7 @@ class DPMSolverV3Scheduler(PlanScheduler):
         **shared: Any,
     ) -> None:
         if solver_order not in (1, 2, 3):
-            raise UserError(f"solver_order must be 1, 2 or 3, but is {solver_order}")
+            raise UserError(f"solver_order must be 1, 2 or 3, but is {solver_order!r}")
         check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         first, last = check_numbers("corrector_range", corrector_range, 2)
         if not 0.0 <= first < last <= 1.0:

@@ -312,16 +312,22 @@ def custom_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike, *, final: str, shi
     limit = float(schedule.sigma_diffusers(schedule.t_max))
     if np.any(~((values > 0) & (values <= limit * (1 + 1e-4)))):
         raise UserError(f"sigmas must lie above 0 and not above {limit:.4f}, but are {values}")
+    _check_decreasing("sigmas", values)
     return custom_times(schedule, schedule.t_of_sigma(np.minimum(values, limit)), final=final)
 
 
 def checked(times: Array) -> Array:
     """`times` rounded to float32, which the network will be given; UserError unless they decrease."""
     rounded = times.astype(np.float32).astype(np.float64)
-    if np.any(np.diff(rounded) >= 0):
-        at = int(np.argmax(np.diff(rounded) >= 0))
-        raise UserError(
-            f"timesteps must decrease strictly, but {rounded[at]:g} is followed by {rounded[at + 1]:g} "
-            f"at position {at}; use fewer steps or another grid"
-        )
+    _check_decreasing("timesteps", rounded, "; use fewer steps or another grid")
     return rounded
+
+
+def _check_decreasing(name: str, values: Array, way_out: str = "") -> None:
+    rises = np.diff(values) >= 0
+    if np.any(rises):
+        at = int(np.argmax(rises))
+        raise UserError(
+            f"{name} must decrease strictly, but {values[at]:g} is followed by {values[at + 1]:g} "
+            f"at position {at}{way_out}"
+        )

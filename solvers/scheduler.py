@@ -7,6 +7,7 @@ A subclass lists its own options in ``__init__`` (decorated with
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, suggestion
 from diffalign.solvers import grids
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.options import check_choice
@@ -166,11 +167,21 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                     )
                 path = _beside(source, subfolder, str(record["file"]), hub)
                 kwargs[option] = sidecar.load(path, str(record["sha256"]))
-        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        made, unused = cls.from_config(config, return_unused_kwargs=True, **kwargs)
+        # Such as the torch_dtype of a pipeline, which diffusers' schedulers overlook too.
+        return (made, unused) if return_unused_kwargs else made
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler with the options of any diffusers scheduler's config; ``kwargs`` override."""
+        """A scheduler with the options of any diffusers scheduler's config; ``kwargs`` override.
+
+        Raises:
+            UserError: an option in ``kwargs`` that this class does not have, or a bad value.
+        """
+        known = list(inspect.signature(cls.__init__).parameters)
+        unknown = [] if return_unused_kwargs else [option for option in kwargs if option not in known]
+        if unknown:
+            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}{suggestion(unknown[0], known)}")
         if isinstance(config, Mapping):
             config = cls._translated(dict(config))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -549,10 +560,9 @@ def _beside(folder: Any, subfolder: str | None, name: str, hub: dict[str, Any]) 
 
 
 def _positive_int(value: Any) -> int:
-    count = int(value)
-    if count < 1:
-        raise UserError(f"num_inference_steps must be at least 1, but is {value}")
-    return count
+    if value != int(value) or value < 1:
+        raise UserError(f"num_inference_steps must be a whole number, at least 1, but is {value}")
+    return int(value)
 
 
 def _host(values: Any) -> Array:

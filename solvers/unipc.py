@@ -124,7 +124,7 @@ class UniPCScheduler(PlanScheduler):
 def check_unipc_options(order: int, solver_type: str, final: str, disable_corrector: Sequence[int]) -> None:
     """UserError unless these are options of UniPC."""
     if order not in (1, 2, 3, 4):
-        raise UserError(f"solver_order must be 1, 2, 3 or 4, but is {order}")
+        raise UserError(f"solver_order must be 1, 2, 3 or 4, but is {order!r}")
     check_choice("solver_type", solver_type, tuple(_B))
     check_choice("final_sigmas_type", final, ("zero", "sigma_min"))
     if not isinstance(disable_corrector, list | tuple) or any(

@@ -73,12 +73,9 @@ def test_the_report(tmp_path, capsys):
     assert len(figure) < 100_000
 
 
-def test_a_pipeline(tmp_path):
-    from diffalign.bench.networks import tiny_pipeline
-
-    tiny_pipeline().save_pretrained(tmp_path / "model")
+def test_a_pipeline(tiny_folder, tmp_path):
     config = GridsConfig(
-        model=str(tmp_path / "model"),
+        model=tiny_folder,
         orders=[2],
         steps=[2],
         guidance=[1.0],

@@ -18,28 +18,21 @@ from diffalign.solvers.dc_search import DCRatios, search_dc_ratios
 from diffalign.solvers.dc_solver import cascade_ratios
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def sd_schedule():
     return {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def calibrate(folder, out, *more):
-    base = ["calibrate", "dc", "--model", folder, "--output_dir", str(out), "--device", "cpu"]
+def calibrate(tiny_folder, out, *more):
+    base = ["calibrate", "dc", "--model", tiny_folder, "--output_dir", str(out), "--device", "cpu"]
     base += ["--samples", "4", "--reference_steps", "10", "--evaluations", "3", "--resolution", "16"]
     return cli.main([*base, *more])
 
 
-def test_ratios_are_found_stored_and_loaded(folder, tmp_path, capsys):
+def test_ratios_are_found_stored_and_loaded(tiny_folder, tmp_path, capsys):
     out = tmp_path / "dc"
     options = ["--prompts", "a", "b", "--num_inference_steps", "4", "5", "--grid", "time_uniform"]
-    assert calibrate(folder, out, *options, "--guidance_scale", "3", "--solver_order", "3") == 0
+    assert calibrate(tiny_folder, out, *options, "--guidance_scale", "3", "--solver_order", "3") == 0
     shown = capsys.readouterr().out
     assert "held-out loss" in shown
     assert 'subfolder="scheduler"' in shown
@@ -52,16 +45,16 @@ def test_ratios_are_found_stored_and_loaded(folder, tmp_path, capsys):
         assert result["held_out_after"] <= result["held_out_before"]
         scheduler.set_timesteps(n)
         assert scheduler.ratios == result["ratios"]
-    assert calibrate(folder, out, *options, "--guidance_scale", "3") == 2  # in use
+    assert calibrate(tiny_folder, out, *options, "--guidance_scale", "3") == 2  # in use
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_an_interrupted_search_goes_on(folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_search_goes_on(tiny_folder, tmp_path, monkeypatch, capsys):
     from diffalign.calibrate import dc
     from diffalign.solvers import dc_search
 
     options = ["--prompts", "a", "--num_inference_steps", "3", "4", "--guidance_scale", "1"]
-    assert calibrate(folder, tmp_path / "whole", *options) == 0
+    assert calibrate(tiny_folder, tmp_path / "whole", *options) == 0
     searched, search = [], dc_search.search_dc_ratios
 
     def interrupted(*args, num_inference_steps, **kwargs):
@@ -71,20 +64,20 @@ def test_an_interrupted_search_goes_on(folder, tmp_path, monkeypatch, capsys):
         return search(*args, num_inference_steps=num_inference_steps, **kwargs)
 
     monkeypatch.setattr(dc_search, "search_dc_ratios", interrupted)
-    assert calibrate(folder, tmp_path / "parts", *options) == 130
+    assert calibrate(tiny_folder, tmp_path / "parts", *options) == 130
     assert not (tmp_path / "parts" / "scheduler").exists()
     monkeypatch.setattr(
         dc_search,
         "search_dc_ratios",
         lambda *a, **k: searched.append(k["num_inference_steps"]) or search(*a, **k),
     )
-    assert calibrate(folder, tmp_path / "parts", *options) == 0
+    assert calibrate(tiny_folder, tmp_path / "parts", *options) == 0
     assert searched == [3, 4]
     whole, parts = (
         json.loads((tmp_path / name / dc.RECORD).read_text())["results"] for name in ("whole", "parts")
     )
     assert whole == parts
-    assert calibrate(folder, tmp_path / "parts", *options, "--samples", "6") == 2
+    assert calibrate(tiny_folder, tmp_path / "parts", *options, "--samples", "6") == 2
     assert "other settings" in capsys.readouterr().err
 
 
@@ -99,12 +92,12 @@ def test_a_network_that_overflows_is_refused(sd_schedule):
         )
 
 
-def test_a_polynomial_through_three_scales_and_a_whole_pipeline(folder, tmp_path):
+def test_a_polynomial_through_three_scales_and_a_whole_pipeline(tiny_folder, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     out = tmp_path / "dc"
     options = ["--prompts", "a", "--num_inference_steps", "3", "4", "5", "--guidance_scale", "1", "2", "4"]
-    assert calibrate(folder, out, *options, "--save_pipeline", "--predictor", "ddim") == 0
+    assert calibrate(tiny_folder, out, *options, "--save_pipeline", "--predictor", "ddim") == 0
     record = json.loads((out / "calibration.json").read_text())
     assert len(record["results"]) == 9
     scheduler = StableDiffusionPipeline.from_pretrained(out).scheduler
@@ -117,7 +110,7 @@ def test_a_polynomial_through_three_scales_and_a_whole_pipeline(folder, tmp_path
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_search_sees_what_the_pipeline_runs(folder, scale):
+def test_the_search_sees_what_the_pipeline_runs(scale):
     """Same prompts, seeds and scheduler: the pipeline's latents, whatever the batch."""
     pipe = tiny_pipeline()
     adapter = load_adapter(pipe)
@@ -130,7 +123,7 @@ def test_the_search_sees_what_the_pipeline_runs(folder, scale):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
+def test_the_loss_in_the_record_is_that_of_the_pipeline():
     """What the search calls better brings the pipeline nearer to its converged image."""
     pipe = tiny_pipeline()
     adapter = load_adapter(pipe)
@@ -168,12 +161,12 @@ def test_the_loss_in_the_record_is_that_of_the_pipeline(folder):
         (["--model", "./nowhere"], "no model at './nowhere'"),
     ],
 )
-def test_bad_input_is_refused(folder, tmp_path, capsys, args, part):
+def test_bad_input_is_refused(tiny_folder, tmp_path, capsys, args, part):
     base = ["--prompts", "a", "--num_inference_steps", "4", "5"]
-    assert calibrate(folder, tmp_path / "out", *base, *args) == 2
+    assert calibrate(tiny_folder, tmp_path / "out", *base, *args) == 2
     assert part in capsys.readouterr().err
 
 
-def test_models_other_than_the_playgrounds_need_prompts(folder, tmp_path, capsys):
-    assert calibrate(folder, tmp_path / "out", "--num_inference_steps", "4") == 2
+def test_models_other_than_the_playgrounds_need_prompts(tiny_folder, tmp_path, capsys):
+    assert calibrate(tiny_folder, tmp_path / "out", "--num_inference_steps", "4") == 2
     assert "no prompts" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from diffalign import solvers
-from diffalign.bench.networks import tiny_pipeline
 from diffalign.calibrate.ems import CalibrateEMSConfig, run
 from diffalign.errors import UserError
 from diffalign.solvers import DPMSolverV3Scheduler
@@ -43,9 +42,8 @@ def test_shards_make_the_scheduler_of_one_run(tmp_path):
         run(CalibrateEMSConfig(**{**TINY, "seed": 5}, output_dir=str(tmp_path / "one")))
 
 
-def test_an_interrupted_estimate_goes_on(tmp_path, monkeypatch):
-    tiny_pipeline().save_pretrained(tmp_path / "model")
-    options = {**TINY, "model": str(tmp_path / "model"), "prompts": ["a", "b"], "samples": 6}
+def test_an_interrupted_estimate_goes_on(tiny_folder, tmp_path, monkeypatch):
+    options = {**TINY, "model": tiny_folder, "prompts": ["a", "b"], "samples": 6}
     run(CalibrateEMSConfig(**options, output_dir=str(tmp_path / "whole")))
 
     save = Sums.save

@@ -9,22 +9,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffalign import cli
-from diffalign.bench.networks import tiny_pipeline
 from diffalign.calibrate.plan import CalibratePlanConfig
 from diffalign.calibrate.tables import problem_of
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.solvers import CalibratedScheduler
 from diffalign.solvers.fitting import solve
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tiny_pipeline().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +24,16 @@ def one_solver(monkeypatch):
     monkeypatch.setattr("diffalign.calibrate.tables.SOLVERS", ("dpm-solver++",))
 
 
-def calibrate(folder, out, *more):
-    base = ["calibrate", "plan", "--model", folder, "--output_dir", str(out), "--device", "cpu"]
+def calibrate(tiny_folder, out, *more):
+    base = ["calibrate", "plan", "--model", tiny_folder, "--output_dir", str(out), "--device", "cpu"]
     base += ["--samples", "4", "--reference_steps", "10", "--iterations", "2", "--resolution", "16"]
     return cli.main([*base, "--prompts", "a", "b", *more])
 
 
-def test_tables_are_fitted_stored_loaded_and_sampled_with(folder, tmp_path, capsys):
+def test_tables_are_fitted_stored_loaded_and_sampled_with(tiny_folder, tmp_path, capsys):
     out = tmp_path / "plan"
     options = ["--guidance_scale", "3", "--save_pipeline"]
-    assert calibrate(folder, out, "--num_inference_steps", "3", *options) == 0
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", *options) == 0
     shown = capsys.readouterr().out
     assert "best known solver" in shown
     assert 'subfolder="scheduler"' in shown
@@ -53,16 +43,16 @@ def test_tables_are_fitted_stored_loaded_and_sampled_with(folder, tmp_path, caps
     drawn = generate(pipe, ["a", "b"], [0, 1], steps=3, guidance=3.0, height=16, width=16)
     assert drawn.nfe == 3
     # Another number of steps is added to what is there; other settings are refused.
-    assert calibrate(folder, out, "--num_inference_steps", "3", "4", *options) == 0
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", "4", *options) == 0
     assert sorted(CalibratedScheduler.from_pretrained(out, subfolder="scheduler").tables.tables) == [3, 4]
     record = json.loads((out / "calibration.json").read_text())
     for result in record["results"].values():
         assert result["held_out_error"] <= result["best_known_error"] or not result["fitted"]
-    assert calibrate(folder, out, "--num_inference_steps", "5", "--guidance_scale", "4") == 2
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "5", "--guidance_scale", "4") == 2
     assert "calibrated with another guidance_scale" in capsys.readouterr().err
 
 
-def test_an_interrupted_fit_goes_on(folder, tmp_path, monkeypatch):
+def test_an_interrupted_fit_goes_on(tiny_folder, tmp_path, monkeypatch):
     from diffalign.solvers import selection
 
     done, whole = [], selection.calibrate
@@ -75,21 +65,21 @@ def test_an_interrupted_fit_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(selection, "calibrate", interrupted)
     out = tmp_path / "parts"
-    assert calibrate(folder, out, "--num_inference_steps", "3", "4") == 130
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", "4") == 130
     assert done == [3]
     first = CalibratedScheduler.from_pretrained(out, subfolder="scheduler").tables.of(3)
     monkeypatch.setattr(selection, "calibrate", whole)
-    assert calibrate(folder, out, "--num_inference_steps", "3", "4") == 0
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", "4") == 0
     tables = CalibratedScheduler.from_pretrained(out, subfolder="scheduler").tables
     assert (tables.of(3).weights == first.weights).all()
     assert 4 in tables.tables
 
 
-def test_the_problem_is_the_pipelines_own(folder):
+def test_the_problem_is_the_pipelines_own(tiny_folder):
     """The converged solution, prompts and guidance are those of the pipeline, its times differentiable."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
     config = CalibratePlanConfig(
-        model=folder, samples=4, guidance_scale=3.0, resolution=16, prompts=["a", "b"]
+        model=tiny_folder, samples=4, guidance_scale=3.0, resolution=16, prompts=["a", "b"]
     )
     problem = problem_of(load_adapter(pipe), ["a", "b"], config)
     truth = solve(problem, 30)
@@ -117,6 +107,6 @@ def test_the_problem_is_the_pipelines_own(folder):
         (["--trajectory", "-1"], "numbers from 0"),
     ],
 )
-def test_wrong_options_are_refused(folder, tmp_path, capsys, options, words):
-    assert calibrate(folder, tmp_path / "x", *options) == 2
+def test_wrong_options_are_refused(tiny_folder, tmp_path, capsys, options, words):
+    assert calibrate(tiny_folder, tmp_path / "x", *options) == 2
     assert words in capsys.readouterr().err

@@ -9,19 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffalign import cli
-from diffalign.bench.networks import tiny_pipeline
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.load import make_scheduler
 from diffalign.solvers import CalibratedScheduler
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tiny_pipeline().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +21,8 @@ def two_solvers(monkeypatch):
     monkeypatch.setattr("diffalign.calibrate.tables.SOLVERS", ("dpm-solver++",))
 
 
-def search(folder, out, method, *more):
-    base = ["calibrate", method, "--model", folder, "--output_dir", str(out), "--device", "cpu"]
+def search(tiny_folder, out, method, *more):
+    base = ["calibrate", method, "--model", tiny_folder, "--output_dir", str(out), "--device", "cpu"]
     base += ["--samples", "4", "--reference_steps", "10", "--resolution", "16", "--num_inference_steps", "3"]
     return cli.main([*base, "--guidance_scale", "3", "--prompts", "a", "b", *more])
 
@@ -48,9 +38,11 @@ SMALL = ("--population", "6", "--generations", "2")
         ("schedule", SMALL),
     ],
 )
-def test_what_is_found_is_stored_and_no_worse_than_known_solvers(folder, tmp_path, capsys, method, options):
+def test_what_is_found_is_stored_and_no_worse_than_known_solvers(
+    tiny_folder, tmp_path, capsys, method, options
+):
     out = tmp_path / "found"
-    assert search(folder, out, method, "--save_pipeline", *options) == 0
+    assert search(tiny_folder, out, method, "--save_pipeline", *options) == 0
     assert "what does not beat the best known solver there is not kept" in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained(out)
     assert isinstance(pipe.scheduler, CalibratedScheduler)
@@ -59,18 +51,23 @@ def test_what_is_found_is_stored_and_no_worse_than_known_solvers(folder, tmp_pat
     found = json.loads((out / "calibration.json").read_text())["results"]["3"]
     assert found["held_out_error"] <= found["best_known_error"] or not found["fitted"]
     # A folder of another command is not mixed with this one's.
-    assert cli.main(["calibrate", "plan", "--model", folder, "--output_dir", str(out), "--prompts", "a"]) == 2
+    assert (
+        cli.main(["calibrate", "plan", "--model", tiny_folder, "--output_dir", str(out), "--prompts", "a"])
+        == 2
+    )
     assert "calibrated with another method" in capsys.readouterr().err
 
 
-def test_times_run_with_the_solver_itself(folder, tmp_path):
+def test_times_run_with_the_solver_itself(tiny_folder, tmp_path):
     """The table of found times is the solver that is told these times."""
     out = tmp_path / "times"
     assert (
-        search(folder, out, "timesteps", "--solver", "unipc", "--solver_options.solver_order", "3", *SMALL)
+        search(
+            tiny_folder, out, "timesteps", "--solver", "unipc", "--solver_options.solver_order", "3", *SMALL
+        )
         == 0
     )
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
     made = CalibratedScheduler.from_pretrained(out, subfolder="scheduler")
     times = json.loads((out / "calibration.json").read_text())["results"]["3"]["timesteps"]
     own = make_scheduler("unipc", pipe.scheduler.config, solver_order=3)
@@ -96,6 +93,6 @@ def test_times_run_with_the_solver_itself(folder, tmp_path):
         ("schedule", ["--generations", "0"], "generations must be at least 1"),
     ],
 )
-def test_wrong_options_are_refused(folder, tmp_path, capsys, method, options, words):
-    assert search(folder, tmp_path / "x", method, *options) == 2
+def test_wrong_options_are_refused(tiny_folder, tmp_path, capsys, method, options, words):
+    assert search(tiny_folder, tmp_path / "x", method, *options) == 2
     assert words in capsys.readouterr().err

@@ -313,15 +313,6 @@ def test_sample_help_needs_no_torch():
 # ------------------------------------------------------------------------------------------------- sample
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    from diffalign.bench.networks import tiny_pipeline
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
 def test_sample_writes_images_grid_and_settings(tiny_folder, tmp_path, capsys):
     from PIL import Image
 

@@ -1,8 +1,5 @@
 """Samplers fitted to a model: tables of known solvers, descent, safeguards, files."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -385,13 +382,10 @@ def test_a_search_that_finds_nothing_better_keeps_the_known_solver():
 def test_a_file_keeps_every_bit_and_a_pipeline_folder_carries_it(tmp_path, calibration):
     table = calibration.chosen.table
     scheduler_of({6: table}).save_pretrained(tmp_path)
-    code = (
-        "import sys, numpy as np; from diffalign.solvers import CalibratedScheduler as C;"
-        "s = C.from_pretrained(sys.argv[1]); s.set_timesteps(6);"
-        "print(s.tables.of(6).weights.tobytes().hex(), s.tables.of(6).times.tobytes().hex())"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [table.weights.tobytes().hex(), table.times.tobytes().hex()]
+    loaded = CalibratedScheduler.from_pretrained(tmp_path).tables.of(6)
+    assert loaded is not table
+    np.testing.assert_array_equal(loaded.weights, table.weights)
+    np.testing.assert_array_equal(loaded.times, table.times)
 
 
 def test_what_it_was_not_made_for_is_refused(calibration):

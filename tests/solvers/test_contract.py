@@ -144,6 +144,16 @@ def test_bad_options_are_refused_at_construction(cls, options, words):
         cls(**options)
 
 
+def test_misspelt_options_are_refused_and_those_of_a_pipeline_overlooked(cls, tmp_path):
+    with pytest.raises(UserError, match=f"{cls.__name__} has no option 'gird'; did you mean 'grid'"):
+        cls.from_config(DPMSolverMultistepScheduler().config, gird="karras")
+    cls().save_pretrained(tmp_path)
+    assert type(cls.from_pretrained(tmp_path, torch_dtype=torch.float16)) is cls
+    made, unused = cls.from_pretrained(tmp_path, return_unused_kwargs=True, grid="karras", other=1)
+    assert made.config.grid == "karras"
+    assert unused["other"] == 1
+
+
 def test_unknown_solver_names_the_known():
     with pytest.raises(UserError, match=r"did you mean 'dpm-solver\+\+'"):
         SOLVERS["dpm-solver+"]
@@ -156,15 +166,11 @@ def test_unknown_solver_names_the_known():
 # ---------------------------------------------------------------- timesteps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 37])
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g != "flow"])
-def test_the_number_of_steps_is_what_was_asked(cls, grid, steps):
-    scheduler = cls(grid=grid)
-    scheduler.set_timesteps(steps)
-    assert scheduler.num_inference_steps == len(scheduler.timesteps) == steps
-    assert len(scheduler.sigmas) == steps + 1
-    assert bool((torch.diff(scheduler.timesteps.double()) < 0).all())
-    assert bool((torch.diff(scheduler.sigmas) < 0).all())
+def test_what_loops_read_of_a_scheduler(cls):
+    """The number of steps on every grid is the matter of test_sweep."""
+    scheduler = cls()
+    scheduler.set_timesteps(5)
+    assert scheduler.num_inference_steps == len(scheduler.timesteps) == 5
     assert scheduler.init_noise_sigma == 1.0
     assert len(scheduler) == 1000
 
@@ -174,12 +180,14 @@ def test_the_number_of_steps_is_what_was_asked(cls, grid, steps):
     [
         ({}, "needs num_inference_steps"),
         ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_inference_steps": 2.5}, "whole number"),
         ({"timesteps": [10, 20]}, "decrease strictly"),
         ({"timesteps": [10, 10]}, "decrease strictly"),
         ({"timesteps": []}, "not be empty"),
         ({"timesteps": [1500]}, "not above 999"),
         ({"timesteps": [float("nan")]}, "must lie above"),
         ({"sigmas": [1e6]}, "sigmas must lie"),
+        ({"sigmas": [3.0, 5.0]}, "sigmas must decrease strictly, but 3 is followed by 5"),
         ({"timesteps": [5], "sigmas": [5]}, "not both"),
         ({"num_inference_steps": 5, "mu": 1.0}, "flow"),
     ],
@@ -341,32 +349,16 @@ def test_clip_sample_of_pixel_models():
 # ---------------------------------------------------------------- no combination crashes
 
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize(
-    "flag", [None, "use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"]
-)
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_option_grid_that_crashes_diffusers(beta_schedule, flag, order):
-    """171 of these combinations raise in diffusers 0.42.1; all of them must give finite numbers."""
-    options = {flag: True} if flag else {}
-    x = torch.randn(1, 2, 4, 4)
-    for grid in ("auto", "diffusers"):
-        for final in ("zero", "sigma_min"):
-            scheduler = DPMSolverPPScheduler(
-                beta_schedule=beta_schedule, solver_order=order, grid=grid, final_sigmas_type=final, **options
-            )
-            for steps in (1, 2, 3, 5, 10, 15, 25, 50):
-                assert torch.isfinite(run(scheduler, x, steps)).all(), (grid, final, steps)
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g != "flow"])
-def test_zero_terminal_snr_is_finite(cls, prediction, grid):
-    scheduler = cls(rescale_betas_zero_snr=True, prediction_type=prediction, grid=grid)
+def test_zero_terminal_snr_is_finite(cls, prediction):
     x = torch.randn(1, 2, 4, 4)
-    for steps in (1, 2, 5, 20):
-        assert torch.isfinite(run(scheduler, x, steps)).all()
-    assert torch.isfinite(scheduler.sigmas).all()
+    for grid in GRIDS:
+        if grid == "flow":
+            continue
+        scheduler = cls(rescale_betas_zero_snr=True, prediction_type=prediction, grid=grid)
+        for steps in (1, 2, 10):
+            assert torch.isfinite(run(scheduler, x, steps)).all(), (grid, steps)
+        assert torch.isfinite(scheduler.sigmas).all()
 
 
 # ---------------------------------------------------------------- state

@@ -189,10 +189,11 @@ def test_any_options_work_or_are_refused_in_a_sentence(case, begin, dtype):
 
 # ---------------------------------------------------------------- the grid that crashes diffusers
 
-#: The methods of the report: diffusers' multistep, singlestep, UniPC and their kin here.
+#: The methods of the report, diffusers' multistep, singlestep and UniPC, go through all of it.
+REPORTED = [("dpm-solver++", {}), ("dpm-solver++", {"solver_method": "singlestep"}), ("unipc", {})]
 METHODS = [
-    *((name, {}) for name in SOLVERS),
-    ("dpm-solver++", {"solver_method": "singlestep"}),
+    *REPORTED,
+    *((name, {}) for name in SOLVERS if name not in ("dpm-solver++", "unipc")),
     ("dpm-solver", {"solver_method": "singlestep"}),
     ("dpm-solver++", {"algorithm_type": "sde-dpmsolver++"}),
     ("dpm-solver++", {"denoise_to_zero": True}),
@@ -204,35 +205,42 @@ METHODS = [
 @pytest.mark.parametrize(
     ("name", "options"), METHODS, ids=["-".join(map(str, (n, *o.values()))) for n, o in METHODS]
 )
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
-def test_the_grid_of_combinations_that_crash_diffusers(name, options, schedule):
+def test_the_grid_of_combinations_that_crash_diffusers(name, options):
     """171 of these raise in diffusers 0.42.1; here none may even be refused."""
     cls = SOLVERS[name]
     parameters = inspect.signature(cls).parameters
-    orders = [{"solver_order": p} for p in (1, 2, 3)] if "solver_order" in parameters else [{}]
-    for flag, order, grid in itertools.product((None, *FLAGS), orders, ("auto", "diffusers")):
-        scheduler = cls(
-            **SCHEDULES[schedule], **options, **order, grid=grid, **({flag: True} if flag else {})
-        )
+    own = {
+        "solver_order": (1, 2, 3),
+        "final_sigmas_type": ("zero", "sigma_min"),
+        "grid": ("auto", "diffusers"),
+    }
+    axes = [[{option: value} for value in values] for option, values in own.items() if option in parameters]
+    flags = [{}, *({flag: True} for flag in FLAGS)]
+    combinations = list(itertools.product(*axes, flags, (SCHEDULES["linear"], SD, SCHEDULES["cosine"])))
+    # Of the others a seventh: the drawn cases above hold what is left.
+    for parts in combinations[:: 1 if (name, options) in REPORTED else 7]:
+        scheduler = cls(**{option: value for part in parts for option, value in part.items()} | options)
         for steps in (1, 2, 3, 5, 10, 15, 25, 50):
             scheduler.set_timesteps(steps)
             assert len(scheduler.timesteps) == steps
-            if steps in (3, 10, 25):
+            if steps in (3, 10):
                 run(scheduler)
             else:  # a plan refuses coefficients that are not finite
                 assert len(scheduler.plan.rows) == steps
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 9, 14, 15, 31, 50, 999, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 9, 14, 15, 37, 1000])
 def test_any_number_of_steps_on_any_grid(name, steps):
-    """On the schedule of Stable Diffusion with the default options; at 999 and 1000 two grids."""
-    names = [g for g in GRIDS if g not in ("flow", "diffusers")] if steps < 100 else ["auto", "time_uniform"]
-    for grid in names:
+    """On the schedule of Stable Diffusion with the default options; at 1000 the default grid."""
+    for grid in [g for g in GRIDS if g != "flow"] if steps < 1000 else ["auto"]:
         scheduler = SOLVERS[name](**SD, grid=grid)
         scheduler.set_timesteps(steps)
         assert len(scheduler.timesteps) == scheduler.num_inference_steps == steps
-        if steps < 20:
+        assert len(scheduler.sigmas) == steps + 1
+        assert bool((torch.diff(scheduler.timesteps.double()) < 0).all())
+        assert bool((torch.diff(scheduler.sigmas) < 0).all())
+        if steps < 10:
             run(scheduler)
 
 
