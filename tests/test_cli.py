@@ -301,10 +301,10 @@ def test_help_into_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
-def test_sample_help_needs_no_torch():
+def test_help_of_sampling_needs_no_torch():
     code = (
         "import sys; from diffalign.cli import main; assert main(['sample', '--help']) == 0;"
-        "assert 'torch' not in sys.modules"
+        "assert main(['bench', 'samplers', '--help']) == 0; assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

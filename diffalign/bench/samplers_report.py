@@ -1,7 +1,5 @@
 """``diffalign bench samplers``: the comparison as tables, plots, image grids and one self-contained page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,9 +11,9 @@ from diffalign.bench import against
 from diffalign.bench.kept import open_folder
 from diffalign.errors import UserError
 from diffalign.output import write_text
-from diffalign.rewards.ensemble import RewardSpec
+from diffalign.rewards.spec import RewardSpec
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.bench.samplers import Comparison, Features, Row, Score
 
 MIXTURE = "mixture"
@@ -136,7 +134,7 @@ class SamplersConfig:
             raise UserError("--rewards and --features judge images, and the mixture has none: give a --model")
 
 
-def run(config: SamplersConfig) -> Comparison:
+def run(config: SamplersConfig) -> "Comparison":
     """Compare, write the report; returns what was found.
 
     Raises:
@@ -225,7 +223,7 @@ def _prompts(config: SamplersConfig) -> list[str]:
     return read_prompts(config.prompts, config.prompt_file)
 
 
-def _judges(config: SamplersConfig) -> tuple[dict[str, Score], Features | None]:
+def _judges(config: SamplersConfig) -> tuple[dict[str, "Score"], "Features | None"]:
     """The scores by name, and the features, of the configuration or of the playground."""
     from diffalign.bench.samplers import clip_features
     from diffalign.pipelines.load import PLAYGROUND, choose_device
@@ -275,7 +273,7 @@ def _trajectories(
     return strips
 
 
-def _judge(earlier: against.Rows, result: Comparison, config: SamplersConfig) -> None:
+def _judge(earlier: against.Rows, result: "Comparison", config: SamplersConfig) -> None:
     from diffalign.bench.record import markdown
 
     now = json.loads(json.dumps(against.per_image(result.rows)))
@@ -302,7 +300,7 @@ _METRICS: dict[str, tuple[str, str, bool]] = {
 def write_report(
     out: Path,
     config: SamplersConfig,
-    result: Comparison,
+    result: "Comparison",
     prompts: Sequence[str] = (),
     strips: Mapping[str, Any] | None = None,
 ) -> str:
@@ -369,7 +367,7 @@ def write_report(
     return table
 
 
-def _table(result: Comparison, rows: Sequence[Row], metric: str) -> dict[str, Any]:
+def _table(result: "Comparison", rows: Sequence["Row"], metric: str) -> dict[str, Any]:
     """A line per sampler, a cell per number of steps, the best of each column marked."""
     title, style, more = _METRICS.get(metric, (metric.removeprefix("score/"), "{:.3f}", True))
     value = {
@@ -393,7 +391,7 @@ def _table(result: Comparison, rows: Sequence[Row], metric: str) -> dict[str, An
     return {"title": title, "lines": lines}
 
 
-def _costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _costs(rows: Sequence["Row"]) -> list[dict[str, Any]]:
     """Per sampler: time of an evaluation by that of the cheapest, and the share of it outside the network."""
     each = {
         name: [row for row in rows if row.sampler == name] for name in dict.fromkeys(r.sampler for r in rows)

@@ -15,12 +15,14 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffalign.errors import UserError, suggestion
-from diffalign.rewards.base import Reward, score_images
-from diffalign.rewards.ensemble import Aggregate, Ensemble, Member, RewardSpec
-from diffalign.rewards.preprocess import Preprocess
+from diffalign.rewards.spec import Aggregate, Preprocess, RewardSpec
+
+if TYPE_CHECKING:
+    from diffalign.rewards.base import Reward, score_images
+    from diffalign.rewards.ensemble import Ensemble, Member
 
 __all__ = [
     "Aggregate",
@@ -33,6 +35,16 @@ __all__ = [
     "load_rewards",
     "score_images",
 ]
+
+
+# These need torch; each loads its module on first use.
+_LAZY = {"Reward": "base", "score_images": "base", "Ensemble": "ensemble", "Member": "ensemble"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,8 @@ def load_rewards(
     Raises:
         UserError: as :func:`load_reward` and :class:`Ensemble`.
     """
+    from diffalign.rewards.ensemble import Ensemble, Member
+
     members = []
     for given in rewards:
         spec = _spec(given) if isinstance(given, str) else given

@@ -9,41 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.rewards.base import Reward
-
-Aggregate = Literal["sum", "wco", "uwo"]
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """One reward of a configuration file.
-
-    Attributes:
-        name: its name in `REWARDS`.
-        path: folder, file or hub id of its weights, where it has any.
-        weight: what its score is multiplied with.
-        at_least: makes it a gate: it adds nothing to the score, but an image that it scores below this is
-            rejected.
-        options: what else its loader takes, such as {clip: openai/clip-vit-large-patch14}.
-    """
-
-    name: str
-    path: str | None = None
-    weight: float = 1.0
-    at_least: float | None = None
-    options: dict[str, str] = field(default_factory=dict)
+from diffalign.rewards.spec import Aggregate
 
 
 @dataclass(frozen=True)
 class Member:
-    """A reward with its part in an ensemble, see :class:`RewardSpec`."""
+    """A reward with its part in an ensemble, see :class:`~diffalign.rewards.spec.RewardSpec`."""
 
     reward: Reward
     weight: float = 1.0

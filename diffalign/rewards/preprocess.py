@@ -9,8 +9,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from diffalign.rewards.spec import Preprocess
+
 Fit = Literal["crop", "pad"]
-Preprocess = Literal["tensor", "pil"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
