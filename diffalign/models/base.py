@@ -315,4 +315,5 @@ def _load(path: str, **options: Any) -> Any:
         return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise UserError(f"the model {path} could not be loaded: {cause}") from error
+        where = "" if folder.exists() else " (there is no such folder, so it was looked for on the hub)"
+        raise UserError(f"the model {path}{where} could not be loaded: {cause}") from error

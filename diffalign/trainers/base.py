@@ -573,6 +573,9 @@ class Trainer(ABC, Generic[C]):
 def run_once(trainer: Trainer[Any]) -> TrainResult:
     """Train in a process that ends afterwards: the process group is taken down as well."""
     try:
-        return trainer.train()
+        result = trainer.train()
+        if trainer.accelerator.is_main_process:
+            print(f"step {result.global_step}: weights, curves.png and log.jsonl are in {result.output_dir}")
+        return result
     finally:
         trainer.accelerator.state.destroy_process_group()

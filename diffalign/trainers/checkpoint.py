@@ -61,7 +61,8 @@ def resolve(choice: str, folder: Path) -> Path | None:
     for path in (Path(choice).expanduser(), folder / choice):
         if (path / STATE).is_file():
             return path
-    raise UserError(f"{choice} is no checkpoint: it has no {STATE}")
+    there = ", ".join(path.name for path in checkpoints(folder)) or "none"
+    raise UserError(f"{choice} is no checkpoint: it has no {STATE} (checkpoints in {folder}: {there})")
 
 
 def write(folder: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> Path:

@@ -145,11 +145,11 @@ class Weights:
         module = self.adapter.module
         if self.lora:
             state, settings = self.adapter.load_lora(folder)
-            self._set_lora(state, POLICY, folder)
             if settings and settings.get("r") != module.peft_config[POLICY].r:
                 raise UserError(
                     f"{folder} has rank {settings['r']}, this run has rank {module.peft_config[POLICY].r}"
                 )
+            self._set_lora(state, POLICY, folder)
         else:
             module.load_state_dict(self._stored(folder).state_dict())
 

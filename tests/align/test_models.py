@@ -152,7 +152,7 @@ def test_pickled_weights_are_not_loaded(tmp_path, model_folder):
     pipe.save_pretrained(tmp_path / "bin", safe_serialization=False)
     for file in (tmp_path / "bin" / "unet").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="bin could not be loaded"):
         load_adapter(tmp_path / "bin")
 
 

@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(trainer):
     from diffalign.errors import UserError
 
     trainer(checkpointing_steps=3).train()
-    with pytest.raises(UserError, match=r"rank 4, this run has rank 8|does not fit"):
+    with pytest.raises(UserError, match=r"rank 4, this run has rank 8"):
         trainer(rank=8, resume_from_checkpoint="latest").train()
     with pytest.raises(UserError, match="no unet to resume from"):
         trainer(rank=0, resume_from_checkpoint="latest").train()

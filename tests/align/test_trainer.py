@@ -383,6 +383,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trainer, monk
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use constant_with_warmup"),
         ({"overwrite": True, "resume_from_checkpoint": "latest"}, "give one of the two"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
+        (
+            {"resume_from_checkpoint": "checkpoint-7"},
+            r"no checkpoint: .*run: none\)",
+        ),
         ({"reference_draws": 2, "loss_type": "simpo"}, "needs no reference"),
         ({"rank": 0, "init_lora": "x"}, "rank 0 trains all weights"),
         ({"model": "/nowhere/model"}, "no model at '/nowhere/model'"),
