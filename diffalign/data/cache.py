@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -222,20 +223,6 @@ def cached_examples(
     sized |= {"posterior": "mean"} if posterior == "mean" else {}
     sized |= {"frames": dataset.frames} if dataset.frames else {}
 
-    def encode_fitted(batch: list[Any]) -> dict[str, Tensor]:
-        encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
-        named = {"latents": encoded} if isinstance(encoded, Tensor) else dict(encoded)
-        if "mean" in named:
-            named["latents"] = named.pop("mean")
-        if not {"latents"} <= set(named) <= {"latents", "std"}:
-            raise ValueError(f"encode_images must give latents, or mean and std, not {sorted(named)}")
-        if posterior == "mean":
-            named.pop("std", None)
-        return named | {
-            "original_size": torch.tensor([fitted.original_size for fitted in batch], dtype=torch.int32),
-            "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
-        }
-
     def fill(part: PairDataset | ImageDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
         """Encode what is missing for a part of the data set."""
         images, texts = open_store(folder, "images", sized), open_store(folder, "prompts", encoders)
@@ -249,7 +236,8 @@ def cached_examples(
                 given |= fitted.keys()
 
         rows = CLIP_SHARD_ROWS if dataset.frames else SHARD_ROWS
-        _fill(images, missing_images(), encode_fitted, batch_size, dtype, "image", rows)
+        encode = partial(_encode_fitted, encode_images, posterior)
+        _fill(images, missing_images(), encode, batch_size, dtype, "image", rows)
         wanted = list(dict.fromkeys(text for visit in visits for side in visit.texts for text in side))
         bar = tqdm(wanted, "encode prompts", disable=None if progress else True, unit="prompt")
         missing = ((content_key(text), text) for text in bar if content_key(text) not in texts)
@@ -266,12 +254,6 @@ def cached_examples(
     image_keys = [key for variant in by_variant for row in variant for key in row]
     image_rows = images.rows(image_keys, memory_limit)
     cond = texts.rows([content_key(text) for text in wanted], memory_limit)
-    number = {text: i for i, text in enumerate(wanted)}
-    most = max(len(side) for visit in visits for side in visit.texts)
-    padded = [
-        [[number[text] for text in side] + [number[side[0]]] * (most - len(side)) for side in visit.texts]
-        for visit in visits
-    ]
     return CachedExamples(
         ids=[visit.id for visit in visits],
         prompts=[visit.prompt for visit in visits],
@@ -284,9 +266,39 @@ def cached_examples(
         joint_flip=joint,
         _images=image_rows,
         _cond=cond,
-        _text_index=torch.tensor(padded),
+        _text_index=_numbered(visits, wanted),
         _text_count=torch.tensor([len(visit.texts[0]) for visit in visits]),
         _variants=1 + random_flip,
+    )
+
+
+def _encode_fitted(
+    encode_images: EncodeImages, posterior: Posterior, batch: list[Fitted]
+) -> dict[str, Tensor]:
+    """What is stored of some images."""
+    encoded = encode_images(torch.stack([fitted.pixels for fitted in batch]))
+    named = {"latents": encoded} if isinstance(encoded, Tensor) else dict(encoded)
+    if "mean" in named:
+        named["latents"] = named.pop("mean")
+    if not {"latents"} <= set(named) <= {"latents", "std"}:
+        raise ValueError(f"encode_images must give latents, or mean and std, not {sorted(named)}")
+    if posterior == "mean":
+        named.pop("std", None)
+    return named | {
+        "original_size": torch.tensor([fitted.original_size for fitted in batch], dtype=torch.int32),
+        "crop_top_left": torch.tensor([fitted.crop_top_left for fitted in batch], dtype=torch.int32),
+    }
+
+
+def _numbered(visits: list[Visit], wanted: list[str]) -> Tensor:
+    """(N, sides, K): places in `wanted` of each image's texts, its first again where others have more."""
+    number = {text: i for i, text in enumerate(wanted)}
+    most = max(len(side) for visit in visits for side in visit.texts)
+    return torch.tensor(
+        [
+            [[number[text] for text in side] + [number[side[0]]] * (most - len(side)) for side in visit.texts]
+            for visit in visits
+        ]
     )
 
 

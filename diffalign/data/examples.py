@@ -251,6 +251,22 @@ class Examples(Sequence[T], Generic[T, R]):
         logger.log(level, "%s: %s (%s) is replaced by %s", self._table.name, bad.id, bad.reason, stand_in)
 
 
+def sorted_out(
+    found: Iterable[tuple[R, str]], limit: int | None
+) -> tuple[list[R], dict[tuple[int, str], BadRow]]:
+    """The first `limit` rows without a reason against them, and the bad ones before those."""
+    rows: list[R] = []
+    skipped: dict[tuple[int, str], BadRow] = {}
+    for row, reason in found:
+        if reason:
+            skipped[row.key] = BadRow(row.number, row.id, reason)
+        elif len(rows) == limit:
+            break
+        else:
+            rows.append(row)
+    return rows, skipped
+
+
 def is_damage(bad: BadRow) -> bool:
     """Whether a row is broken, rather than left out by its voters or by an option."""
     return bad.reason not in CHOICES

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.data import images
 from diffalign.data.columns import resolve
-from diffalign.data.examples import BadRow, Examples, reasons
+from diffalign.data.examples import BadRow, Examples, reasons, sorted_out
 from diffalign.data.images import BadImage, Clip
 from diffalign.data.rows import (
     CHOICES,
@@ -252,17 +252,9 @@ def pairs_of(
     check_limits(limit, max_bad)
     roles = resolve(table.name, table.columns, columns)
     selection.check(table.name, roles)
-    rows: list[PairRow] = []
-    skipped: dict[tuple[int, str], BadRow] = {}
-    for row, reason in pair_rows(table, roles, selection):
-        if reason == "tie" and ties == "soft":
-            reason = ""
-        if reason:
-            skipped[row.key] = BadRow(row.number, row.id, reason)
-        elif len(rows) == limit:
-            break
-        else:
-            rows.append(row)
+    no_reason = "tie" if ties == "soft" else None
+    found = pair_rows(table, roles, selection)
+    rows, skipped = sorted_out(((row, "" if why == no_reason else why) for row, why in found), limit)
     tied = [bad.id for bad in skipped.values() if bad.reason == "tie"]
     if tied and ties == "error":
         raise UserError(f"ties in {table.name}: {len(tied)} (first: {tied[0]}); use ties=drop or ties=soft")

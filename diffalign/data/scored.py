@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffalign.data.columns import resolve, resolve_images
+from diffalign.data.examples import sorted_out
 from diffalign.data.pairs import check_limits
 from diffalign.data.rows import Cells, ImageRow, Place, is_number, pair_roles, property_role, texts
 from diffalign.data.tables import Table, open_table
-from diffalign.data.unpaired import ImageDataset, opened, sorted_out
+from diffalign.data.unpaired import ImageDataset, opened
 from diffalign.errors import UserError
 
 

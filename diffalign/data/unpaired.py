@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffalign.data import images
 from diffalign.data.columns import resolve_images
-from diffalign.data.examples import BadRow, Examples, reasons
+from diffalign.data.examples import BadRow, Examples, reasons, sorted_out
 from diffalign.data.images import Clip
 from diffalign.data.pairs import PairDataset, check_limits, pairs_of
 from diffalign.data.rows import ImageRow, Place, image_rows
@@ -152,22 +152,6 @@ def _apart(pairs: PairDataset, limit: int | None, min_side: int, max_bad: float,
         for place, side, label in zip(pairs._places(row), ("chosen", "rejected"), (1.0, 0.0), strict=True)
     ]
     return opened(pairs._table, pairs._columns, rows[:limit], pairs._skipped, min_side, max_bad, scan)
-
-
-def sorted_out(
-    found: Iterable[tuple[ImageRow, str]], limit: int | None
-) -> tuple[list[ImageRow], dict[tuple[int, str], BadRow]]:
-    """The first `limit` rows without a reason against them, and the bad ones before those."""
-    rows: list[ImageRow] = []
-    skipped: dict[tuple[int, str], BadRow] = {}
-    for row, reason in found:
-        if reason:
-            skipped[row.key] = BadRow(row.number, row.id, reason)
-        elif len(rows) == limit:
-            break
-        else:
-            rows.append(row)
-    return rows, skipped
 
 
 def opened(
