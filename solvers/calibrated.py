@@ -6,7 +6,7 @@ In data prediction every linear multistep method, correctors included, is a tabl
 
 with ``m_j`` the network's belief of the clean image at evaluation j and ``h_k`` the step in half log-SNR; a
 step to the clean image is ``sum_j w_kj m_j`` alone. Rows that sum to 1 make a table exact for a constant
-belief, hence consistent to first order, whatever else is in it. :mod:`diffalign.solvers.fitting` finds
+belief, hence consistent to first order, whatever else is in it. :mod:`diffalign.solvers.selection` finds
 tables, ``diffalign calibrate plan`` writes them for a pipeline, and the scheduler here runs them.
 """
 
@@ -37,9 +37,11 @@ class Table:
     """One sampler of n evaluations.
 
     Args:
-        times: (n,) float64, falling: where the network is asked.
+        times: (n,) float64, falling: the noise levels of the samples.
         weights: (n, n) float64, lower triangular, rows sum to 1.
         info: how it came about, JSON: ``guidance_scale``, ``start``, errors before and after, ...
+        told: (n,) float64, falling: the times that the network is told, if others than those of the samples;
+            its output is read as at these.
 
     Raises:
         UserError: it is no such table.
@@ -48,22 +50,30 @@ class Table:
     times: NDArray[np.float64]
     weights: NDArray[np.float64]
     info: Mapping[str, Any] = field(default_factory=dict)
+    told: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
-        for name in ("times", "weights"):
+        if np.size(self.told) == 0:
+            object.__setattr__(self, "told", self.times)
+        for name in ("times", "weights", "told"):
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float64))
         n = len(self.times)
-        if self.times.ndim != 1 or n == 0 or self.weights.shape != (n, n):
+        if self.times.shape != (n,) or n == 0 or self.weights.shape != (n, n) or self.told.shape != (n,):
             raise UserError(f"a table needs n times and n x n weights, but has {n} and {self.weights.shape}")
-        if not (np.all(np.isfinite(self.times)) and np.all(np.isfinite(self.weights))):
+        if not all(np.all(np.isfinite(values)) for values in (self.times, self.weights, self.told)):
             raise UserError("a table holds numbers that are not finite: calibrate anew")
-        if np.any(np.diff(self.times) >= 0) or np.any(np.triu(self.weights, 1)):
+        if np.any(np.diff([self.times, self.told]) >= 0) or np.any(np.triu(self.weights, 1)):
             raise UserError("the times of a table must fall, and no row may read later evaluations")
         if np.any(np.abs(self.weights.sum(1) - 1) > _ROUNDING):
             raise UserError("each row of a table's weights must sum to 1")
 
     def __len__(self) -> int:
         return len(self.times)
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether the network is told other times than those of the samples."""
+        return not np.array_equal(self.told, self.times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +122,7 @@ class Tables(Sidecar):
         return {
             f"{name}_{n}": getattr(table, name)
             for n, table in sorted(self.tables.items())
-            for name in ("times", "weights")
+            for name in ("times", "weights", *(("told",) if table.decoupled else ()))
         }
 
     def metadata(self) -> dict[str, Any]:
@@ -122,7 +132,12 @@ class Tables(Sidecar):
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array], metadata: dict[str, Any]) -> Tables:
         tables = {
-            int(n): Table(arrays[f"times_{n}"], arrays[f"weights_{n}"], info)
+            int(n): Table(
+                arrays[f"times_{n}"],
+                arrays[f"weights_{n}"],
+                info,
+                arrays.get(f"told_{n}", arrays[f"times_{n}"]),
+            )
             for n, info in metadata["tables"].items()
         }
         return cls(tables, metadata["schedule"], metadata["final"], metadata["info"])
@@ -202,11 +217,15 @@ class CalibratedScheduler(PlanScheduler):
         end = self.schedule.t_clean if self._final() == "zero" else self.schedule.t_min
         return np.append(self._known().of(count).times, end)
 
+    def _told(self, times: Array) -> Array:
+        return self._known().of(len(times) - 1).told
+
     def _plan(self, times: Array) -> Plan:
         assert self.num_inference_steps is not None
         first = self.num_inference_steps + 1 - len(times)
-        weights = started_late(self._known().of(self.num_inference_steps).weights, first)
-        return Plan(rows_of(self.schedule, times, weights, self._conversion))
+        table = self._known().of(self.num_inference_steps)
+        weights = started_late(table.weights, first)
+        return Plan(rows_of(self.schedule, times, weights, self._conversion, told=table.told[first:]))
 
 
 def started_late(weights: Array, first: int) -> Array:
@@ -216,13 +235,16 @@ def started_late(weights: Array, first: int) -> Array:
     return later
 
 
-def rows_of(schedule: NoiseSchedule, times: Array, weights: Array, conversion: Any) -> tuple[Row, ...]:
+def rows_of(
+    schedule: NoiseSchedule, times: Array, weights: Array, conversion: Any, told: Array | None = None
+) -> tuple[Row, ...]:
     """A table as rows of a plan; `times` has the end as well."""
     scale_x, scale_m = step_scales(schedule, times)
+    asked = times if told is None else told
     return tuple(
         Row(
-            time=float(times[k]),
-            convert=conversion(times[k]),
+            time=float(asked[k]),
+            convert=conversion(asked[k]),
             x={k: float(scale_x[k])} if scale_x[k] else {},
             m={j: float(scale_m[k] * w) for j, w in enumerate(weights[k, : k + 1]) if w},
         )
@@ -260,12 +282,14 @@ def trace(
     """
     scheduler.set_timesteps(count, timesteps=timesteps, mu=mu)
     plan, name = scheduler.plan, type(scheduler).__name__
-    times = np.append(plan.times, scheduler._times[-1])  # type: ignore[index]
+    assert scheduler._times is not None
+    times = np.append(plan.times, scheduler._times[-1])
     n = len(plan.rows)
     numbers = [c for row in plan.rows for c in (*row.convert, *row.x.values(), *row.m.values())]
     plain = all(np.ndim(c) == 0 for c in numbers) and not any(
         row.z or row.bias is not None for row in plan.rows
     )
+    plain = plain and np.allclose(plan.times, scheduler._times[:-1])
     if not plain or np.any(np.diff(times) >= 0):
         raise UserError(f"{name} is no linear multistep method: its steps are no rows of numbers")
     ratio, scale_m = step_scales(scheduler.schedule, times)

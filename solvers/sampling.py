@@ -44,9 +44,11 @@ def sample(
     scheduler.set_timesteps(device=noise.device, **{k: v for k, v in how.items() if v is not None})
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_arguments = {"generator": generator} if takes_generator and generator is not None else {}
-    x = noise * scheduler.init_noise_sigma
+    # diffusers' flow schedulers have neither: their samples are what the network takes.
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
-        output = model_fn(scheduler.scale_model_input(x, t), t)
+        output = model_fn(scaled(x, t), t)
         x = scheduler.step(output, t, x, return_dict=False, **step_arguments)[0]
         if callback is not None:
             callback(i, t, x)

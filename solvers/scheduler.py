@@ -277,7 +277,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         else:
             times = self._grid_times(_positive_int(num_inference_steps), shift)
         self._times = self._evaluations(grids.checked(times))
-        told = self._times[:-1] if len(given) < 2 else grids.checked(_host(timesteps).reshape(-1))
+        told = self._told(self._times) if len(given) < 2 else grids.checked(_host(timesteps).reshape(-1))
         if len(told) != len(self._times) - 1:
             raise UserError(
                 f"timesteps and sigmas belong together, but there are {len(told)} timesteps and "
@@ -295,6 +295,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _evaluations(self, times: Array) -> Array:
         """Times at which the network is asked, and the end, for grid points `times`; stages may be added."""
         return times
+
+    def _told(self, times: Array) -> Array:
+        """The times that the network is told where the samples are at `times`, the end among these."""
+        return times[:-1]
 
     def _grid_times(self, count: int, shift: float | None) -> Array:
         config, schedule, final = self.config, self.schedule, self._final()

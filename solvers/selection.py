@@ -6,6 +6,7 @@ solver there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,15 @@ import numpy as np
 
 from diffalign.errors import UserError
 from diffalign.solvers.calibrated import Table, trace
+from diffalign.solvers.descent import Follow, fit
 from diffalign.solvers.evolution import Genome, Space, evolve
-from diffalign.solvers.fitting import Fit, Follow, Problem, Truth, fit, judge, lambda_range, times_of
+from diffalign.solvers.fitting import Fit, Problem, Truth, judge, lambda_range, times_of
 from diffalign.solvers.scheduler import Array, PlanScheduler
+from diffalign.solvers.stepwise import stepwise
 
 LARGE_WEIGHT = 5.0
+MANY = 1024  # held-out noises that show whether a few more end in another image; 256 have missed it
+_TRIAL = 4  # of several fits, each gets this part of the iterations before the best goes on
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def known(
     Raises:
         UserError: no solver is a table.
     """
-    _, held_out = problem.halves
+    _, held_out = problem.parts
     baselines = {}
     for name, scheduler in starts.items():
         try:
@@ -96,6 +101,7 @@ def settled(
         "best_known_error": float(best.errors.mean()),
         "best_known_p90": float(np.quantile(best.errors, 0.9)),
         "noises": len(problem.noise),
+        "decoupled": chosen.table.decoupled,
         **more,
     }
     chosen = replace(chosen, table=replace(chosen.table, info=info))
@@ -110,34 +116,82 @@ def calibrate(
     *,
     trajectories: Sequence[float] = (0.1, 0.5),
     fits: int = 2,
+    iterations: int = 250,
     mu: float | None = None,
     follow: Mapping[str, Follow] | None = None,
+    decoupled: bool = False,
     progress: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> Calibration:
-    """Fit a table of ``count`` steps from the best of several solvers, and take it if it is better.
+    """Fit a table of ``count`` steps from the best of several starts, and take it if it is better.
+
+    Starts are the known solvers and, on each of their grids, the weights that lead along the true
+    trajectories (:func:`~diffalign.solvers.stepwise.stepwise`). Where there are several fits to make, each
+    gets a quarter of the iterations, and the best of these all of them from there.
 
     Args:
         starts: solvers to start from and to compare with, by name; those that are no tables are left out.
         trajectories: fits are made with each of these weights of the states on the way.
-        fits: from so many of the best solvers.
+        fits: from so many of the best starts.
+        iterations: of a fit.
         mu: shift of a flow model's grid, for the solvers.
         follow: solver -> the weights that it has on a grid, to learn the times alone.
-        options: of :func:`fit`.
+        decoupled: go on from the best fit with the network asked beside the places of the states; taken only
+            if no more of the held-out noises end in another image, of which :data:`MANY` are needed to tell.
+        options: of :func:`~diffalign.solvers.descent.fit`.
 
     Raises:
-        UserError: no solver is a table.
+        UserError: no solver is a table, or too few noises are held out for ``decoupled``.
     """
+    _, held_out = problem.parts
+    if decoupled and held_out.stop - held_out.start < MANY:
+        raise UserError(
+            f"decoupled times need at least {MANY} noises held out, not {held_out.stop - held_out.start}: "
+            "more of them, or without"
+        )
     ranked = known(problem, truth, starts, count, mu=mu)
-    found = []
-    for name, start in list(ranked.items())[:fits]:
-        own = follow[name] if follow else None
-        for trajectory in trajectories:
-            made = fit(
-                problem, truth, start.table, trajectory=trajectory, follow=own, progress=progress, **options
-            )
-            found.append(replace(made, table=replace(made.table, info={"start": name})))
+    begun = {**ranked, **({} if follow else _along(problem, truth, ranked))}
+    best_starts = sorted(begun.items(), key=lambda item: item[1].score)[:fits]
+
+    def descended(name: str, start: Fit, trajectory: float, share: int = 1, **more: Any) -> Fit:
+        made = fit(
+            problem,
+            truth,
+            start.table,
+            trajectory=trajectory,
+            iterations=math.ceil(iterations / share),
+            follow=follow[name] if follow else None,
+            progress=progress,
+            **more,
+            **options,
+        )
+        return replace(made, table=replace(made.table, info={"start": name}))
+
+    jobs = [(name, start, trajectory) for name, start in best_starts for trajectory in trajectories]
+    if len(jobs) > 1:
+        tried = [(name, descended(name, start, weight, _TRIAL), weight) for name, start, weight in jobs]
+        jobs = [min(tried, key=lambda job: job[1].score)]
+    (job,) = jobs
+    found = [descended(*job)]
+    if decoupled:
+        beside = descended(job[0], found[0], job[2], decoupled=True)
+        if beside.far <= found[0].far:
+            found.append(beside)
     return settled(problem, ranked, found)
+
+
+def descents(iterations: int, fits: int, trajectories: int) -> int:
+    """Steps of descent that :func:`calibrate` takes at most."""
+    jobs = fits * trajectories
+    return iterations + (jobs * math.ceil(iterations / _TRIAL) if jobs > 1 else 0)
+
+
+def _along(problem: Problem, truth: Truth, ranked: Mapping[str, Fit]) -> dict[str, Fit]:
+    """On the times of each known solver, the weights that lead along the true trajectories."""
+    _, held_out = problem.parts
+    grids = {start.table.times.tobytes(): (name, start.table.times) for name, start in ranked.items()}
+    tables = {f"stepwise on {name}": stepwise(problem, truth, times) for name, times in grids.values()}
+    return {name: Fit(table, judge(problem, truth, table, held_out)) for name, table in tables.items()}
 
 
 # ------------------------------------------------------------------------------------------------ searches
@@ -180,7 +234,7 @@ def search(
         more: what a table's info says of its genome, JSON.
         options: of :func:`~diffalign.solvers.evolution.evolve`.
     """
-    fitted, held_out = problem.halves
+    fitted, held_out = problem.parts
 
     def score(genome: Genome) -> float:
         table = table_of(genome)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ import torch
 
 from diffalign.bench import plans
 from diffalign.bench.networks import SD_SCHEDULER
-from diffalign.bench.plans import Case, PlansConfig, errors_of, mixture_problem, table, uncalibrated
+from diffalign.bench.plans import Case, PlansConfig, contest, errors_of, mixture_problem, table, uncalibrated
 from diffalign.cli import main
 from diffalign.pipelines.load import make_scheduler
 from diffalign.solvers import GaussianMixture, NoiseSchedule, sample
 from diffalign.solvers.calibrated import Table, trace
-from diffalign.solvers.fitting import judge, solve
+from diffalign.solvers.fitting import Problem, judge, solve
 
 SCHEDULE = NoiseSchedule.from_config(SD_SCHEDULER)
 SMALL = {
     "noises": 8,
+    "held_out": 4,
     "test_noises": 6,
     "iterations": 2,
     "fits": 1,
@@ -100,6 +102,55 @@ def test_a_scheduler_is_judged_as_its_table_is():
             np.testing.assert_allclose(found, wanted, rtol=1e-4, err_msg=name)
 
 
+def test_the_contest_finds_the_best_of_all_and_counts_them(monkeypatch):
+    """The winners on all noises, although most schedulers are tried on a few; doubles only once."""
+    problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 64, 0)
+    truth = solve(problem, 40)
+    asked = []
+
+    class Counted(type(problem)):
+        def network(self, x, t, kind):
+            asked.append(len(x))
+            return super().network(x, t, kind)
+
+    counted = Counted(problem.predict, problem.schedule, problem.noise)
+    grids = ("auto", "karras", "logsnr", "time_uniform", "time_quadratic", "beta")
+    builders = {
+        f"{name} {grid}": partial(make_scheduler, name, SD_SCHEDULER, grid=grid, final_sigmas_type="zero")
+        for name in ("dpm-solver++", "unipc", "dpm-solver")
+        for grid in grids
+    }
+    builders["a double"] = builders["dpm-solver++ karras"]
+    builders["broken"] = lambda: [][0]
+    every = {
+        name: found
+        for name, build in builders.items()
+        if (found := errors_of(problem, truth.end, build, 5, "epsilon", None)) is not None
+    }
+    found, tried = contest(counted, truth.end, builders, 5, "epsilon", None)
+    assert tried == len(builders) - 1
+    for measure in (np.mean, lambda errors: np.quantile(errors, 0.9)):
+        best = min(every, key=lambda name: measure(every[name]))
+        assert best in found
+        np.testing.assert_allclose(found[best], every[best], rtol=1e-6)
+    assert "a double" not in found
+    assert sum(asked) < 0.7 * 5 * 64 * len(every)
+
+
+def test_schedulers_of_flow_models_take_part():
+    """diffusers' have neither an initial scale nor a scaling of the network's input."""
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    flow = NoiseSchedule.from_config(config)
+    problem = Problem(lambda x, t, alpha, sigma, rows: 0.3 * x, flow, noise)
+    found = {
+        name: errors_of(problem, torch.ones_like(noise), build, 5, "flow_prediction", None)
+        for name, build in uncalibrated(config)
+    }
+    assert found["FlowMatchEulerDiscrete"] is not None
+    assert not [name for name, errors in found.items() if errors is None]
+
+
 def test_no_scheduler_gets_more_evaluations_than_the_plan():
     problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 2, 0)
     truth = solve(problem, 20)
@@ -154,6 +205,7 @@ def test_the_table_says_what_was_missed(problem, plan, goal):
         (["--steps", "1"], "must be 2 or more"),
         (["--mixture_guidance", "0.5"], "must be 1 or more"),
         (["--noises", "2"], "noises must be at least 4"),
+        (["--held_out", "1152"], "held_out must be at least 1 and below --noises"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, capsys, options, said):

@@ -9,6 +9,7 @@ Every cell lies in a file of its own: an interrupted run goes on.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diffalign import output
@@ -27,6 +29,7 @@ from diffalign.errors import UserError
 from diffalign.solvers import GaussianMixture, sample
 from diffalign.solvers.fitting import Problem, Truth, judge, solve
 from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.sampling import ModelFn
 
 if TYPE_CHECKING:
     from diffalign.solvers.selection import Calibration
@@ -40,7 +43,7 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
         for order in (2, 3)
     ),
     ("dpm-solver-v3", {}),
-    ("pndm", {}),
+    ("pndm", {"set_alpha_to_one": True}),
     ("ddim", {"set_alpha_to_one": True}),
 )
 GRIDS = ("auto", "logsnr", "karras", "beta", "time_uniform", "time_quadratic")
@@ -63,8 +66,9 @@ THEIRS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("LMSDiscreteScheduler", {}),
 )
 _FREE = ("output_dir", "overwrite", "problems", "mixture_guidance", "guidance", "steps", "seeds", "device")
-_FIRST = 256  # all schedulers are tried on so many of the test noises, the best on all
-_FINALISTS = 6
+#: The contest of the uncalibrated: the share of the test noises that they have been tried on, and how many of
+#: the best, by mean and by 90th percentile each, go on.
+_ROUNDS = ((1 / 16, 16), (1 / 4, 5), (1.0, 1))
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,18 @@ class PlansConfig:
         guidance: classifier-free guidance scales of the pipelines
         steps: numbers of network evaluations
         seeds: of the noises of fit and test
-        noises: of a mixture's fit, half of them held out to choose with
+        noises: of a mixture's fit, with those to choose with
+        held_out: of these, to choose with; from 1024 on, decoupled times are tried
         test_noises: of a mixture
         samples: noises and captions of a pipeline's fit
         test_samples: held-out captions with noises of their own, of a pipeline
         iterations: steps of descent per fit on mixtures
         pipeline_iterations: the same on pipelines
-        fits: fits are started from so many of the best known solvers
+        fits: fits are started from so many of the best starts; of several fits, each gets a quarter of the
+            iterations and the best goes on
         trajectory: weights of the states on the way in the loss, one fit for each
         reference_steps: Runge-Kutta steps of the converged solutions
+        recompute: evaluate the network again in the backward pass, to save memory
         device: of pipelines; auto, cpu, cuda, cuda:1, mps
         overwrite: start anew where other settings have been used
     """
@@ -104,15 +111,17 @@ class PlansConfig:
     guidance: list[float] = field(default_factory=lambda: [4.0])
     steps: list[int] = field(default_factory=lambda: [5, 6, 8, 10])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    noises: int = 128
+    noises: int = 1152
+    held_out: int = 1024
     test_noises: int = 2048
     samples: int = 32
     test_samples: int = 64
-    iterations: int = 250
-    pipeline_iterations: int = 80
+    iterations: int = 150
+    pipeline_iterations: int = 24
     fits: int = 2
     trajectory: list[float] = field(default_factory=lambda: [0.1, 0.5])
     reference_steps: int = 60
+    recompute: bool = False
     device: str = "auto"
     overwrite: bool = False
 
@@ -133,6 +142,8 @@ class PlansConfig:
         for name, low in (least | {"pipeline_iterations": 1, "fits": 1, "reference_steps": 10}).items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name} must be at least {low}, but is {getattr(self, name)}")
+        if not 1 <= self.held_out < self.noises:
+            raise UserError(f"--held_out must be at least 1 and below --noises, but is {self.held_out}")
 
 
 def run(config: PlansConfig) -> list[dict[str, Any]]:
@@ -203,8 +214,10 @@ class Case:
         seed = 10_000_000 * held_out + 100_000 * self.seed
         if self.on_mixture:
             mixture = GaussianMixture.random(seed=int(self.name.removeprefix(MIXTURE)))
-            count = self.config.test_noises if held_out else self.config.noises
-            return mixture_problem(mixture, self.guidance, count, seed)
+            if held_out:
+                return mixture_problem(mixture, self.guidance, self.config.test_noises, seed)
+            chosen_with = self.config.held_out
+            return mixture_problem(mixture, self.guidance, self.config.noises, seed, held_out=chosen_with)
         from diffalign.calibrate.tables import TablesConfig, problem_of
         from diffalign.models import load_adapter
         from diffalign.playground.captions import draw_captions
@@ -238,14 +251,18 @@ class Case:
         return dynamic_shift(load_adapter(self._pipe))
 
 
-def mixture_problem(mixture: GaussianMixture, guidance: float, count: int, seed: int) -> Problem:
+def mixture_problem(
+    mixture: GaussianMixture, guidance: float, count: int, seed: int, *, held_out: int | None = None
+) -> Problem:
     """A mixture on Stable Diffusion's noise schedule as something to fit a sampler to."""
     noise, beliefs = coordinates(mixture, [guidance], count, seed)
 
     def predict(x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, rows: slice) -> Tensor:
         return beliefs(x, alpha, sigma, rows)[0]
 
-    return Problem(predict, NoiseSchedule.from_config(SD_SCHEDULER), noise, batch_size=4096)
+    return Problem(
+        predict, NoiseSchedule.from_config(SD_SCHEDULER), noise, batch_size=4096, held_out=held_out
+    )
 
 
 # ------------------------------------------------------------------- a cell
@@ -260,6 +277,7 @@ class Cell:
         mean, p90: their errors, the mean of one and the percentile of the other.
         plan_mean, plan_p90, plan_far: errors of the plan, and the share of noises above 0.3.
         fitted: whether the fit was taken, rather than the best known solver.
+        decoupled: whether the network is asked beside the places of the samples.
         tried: number of uncalibrated schedulers that ran.
     """
 
@@ -275,6 +293,7 @@ class Cell:
     plan_p90: float
     plan_far: float
     fitted: bool
+    decoupled: bool
     tried: int
 
 
@@ -286,27 +305,7 @@ def measured(case: Case, steps: int) -> Cell:
     problem, truth = case.test
     plan = judge(problem, truth, made.chosen.table, slice(0, len(problem.noise)))
     kind = case.scheduler.get("prediction_type", "flow_prediction")
-    first = slice(0, _FIRST)
-    part = Problem(problem.predict, problem.schedule, problem.noise[first], problem.final, problem.batch_size)
-    quick: dict[str, np.ndarray] = {}
-    builders = dict(uncalibrated(case.scheduler))
-    for name, build in builders.items():
-        found = errors_of(part, truth.end[first], build, steps, kind, case.mu)
-        if found is not None:
-            quick[name] = found
-    ranked = {
-        score: sorted(quick, key=lambda name, of=of: float(of(quick[name])))[:_FINALISTS]  # type: ignore[misc]
-        for score, of in (("mean", np.mean), ("p90", _p90))
-    }
-    if len(problem.noise) <= _FIRST:
-        whole = quick
-    else:
-        finalists = sorted({name for names in ranked.values() for name in names})
-        whole = {
-            name: found
-            for name in finalists
-            if (found := errors_of(problem, truth.end, builders[name], steps, kind, case.mu)) is not None
-        }
+    whole, tried = contest(problem, truth.end, dict(uncalibrated(case.scheduler)), steps, kind, case.mu)
     best_mean = min(whole, key=lambda name: float(whole[name].mean()))
     best_p90 = min(whole, key=lambda name: _p90(whole[name]))
     return Cell(
@@ -322,7 +321,8 @@ def measured(case: Case, steps: int) -> Cell:
         _p90(plan),
         float((plan > FAR).mean()),
         made.improved,
-        len(quick),
+        made.chosen.table.decoupled,
+        tried,
     )
 
 
@@ -333,7 +333,7 @@ def _p90(errors: np.ndarray) -> float:
 def calibrated(case: Case, steps: int) -> Calibration:
     """The plan, from the noises of the fit."""
     from diffalign.calibrate.tables import known_solvers
-    from diffalign.solvers.selection import calibrate
+    from diffalign.solvers.selection import MANY, calibrate
 
     config = case.config
     problem, truth = case.fit
@@ -345,7 +345,8 @@ def calibrated(case: Case, steps: int) -> Calibration:
         fits=config.fits,
         trajectories=config.trajectory,
         iterations=config.iterations if case.on_mixture else config.pipeline_iterations,
-        recompute=not case.on_mixture,
+        decoupled=problem.parts[1].stop - problem.parts[1].start >= MANY,
+        recompute=config.recompute,
         mu=case.mu,
     )
 
@@ -356,7 +357,7 @@ def uncalibrated(config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], 
 
     flow = NoiseSchedule.from_config(config).is_flow
     for name, options in OURS:
-        end = {} if name == "ddim" else {"final_sigmas_type": "zero"}
+        end = {} if "set_alpha_to_one" in options else {"final_sigmas_type": "zero"}
         for grid in ("auto",) if flow else GRIDS:
             label = _label(name, options, grid)
             yield label, partial(make_scheduler, name, config, grid=grid, **options, **end)
@@ -386,6 +387,48 @@ def _theirs(name: str, config: Mapping[str, Any], own: Mapping[str, Any], grid: 
     return make_scheduler(name, config, **options)
 
 
+def contest(
+    problem: Problem,
+    end: Tensor,
+    builders: Mapping[str, Callable[[], Any]],
+    steps: int,
+    kind: str,
+    mu: float | None,
+) -> tuple[dict[str, np.ndarray], int]:
+    """Errors (B,) on all noises of the schedulers that do best, and how many took part.
+
+    All are tried on a few noises, and those with the least mean error or 90th percentile on more
+    (:data:`_ROUNDS`); of schedulers that do the same, one.
+    """
+    found: dict[str, np.ndarray] = {name: np.empty(0) for name in builders}
+    done = tried = 0
+    for share, stay in _ROUNDS:
+        rows = slice(done, math.ceil(share * len(problem.noise)))
+        if rows.stop == done:
+            continue
+        part = problem.part(rows)
+        for name in list(found):
+            errors = errors_of(part, end[rows], builders[name], steps, kind, mu)
+            if errors is None:
+                del found[name]
+            else:
+                found[name] = np.append(found[name], errors)
+        if not done:
+            tried = len(found)
+            alike: dict[tuple[str, ...], str] = {}
+            for name, errors in found.items():
+                alike.setdefault(tuple(f"{error:.3g}" for error in errors), name)
+            found = {name: found[name] for name in alike.values()}
+        best = {
+            name
+            for measure in (np.mean, _p90)
+            for name in sorted(found, key=lambda name, of=measure: float(of(found[name])))[:stay]  # type: ignore[misc]
+        }
+        found = {name: errors for name, errors in found.items() if name in best}
+        done = rows.stop
+    return found, tried
+
+
 def errors_of(
     problem: Problem, end: Tensor, build: Callable[[], Any], steps: int, kind: str, mu: float | None
 ) -> np.ndarray | None:
@@ -394,35 +437,35 @@ def errors_of(
     Methods that ask several times a step get fewer steps. What crashes in diffusers' classes, or does not
     come to a number, takes no part.
     """
-    for count in range(steps, 0, -1):
+
+    def drawn(network: ModelFn, noise: Tensor, count: int) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler = build()
+            ours = type(scheduler).__module__.startswith("diffalign.")
+            return sample(network, noise, scheduler, num_inference_steps=count, mu=mu if ours else None)
+
+    def asked(count: int) -> int:
+        """Evaluations of so many steps, counted on a network that costs nothing."""
         calls = 0
 
-        def network(x: Tensor, t: Any) -> Tensor:
+        def nothing(x: Tensor, t: Any) -> Tensor:
             nonlocal calls
             calls += 1
-            if calls > steps:
-                raise _TooMany
-            return problem.network(x, t, kind)
+            return torch.zeros_like(x)
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                scheduler = build()
-            ours = type(scheduler).__module__.startswith("diffalign.")
-            found = sample(
-                network, problem.noise, scheduler, num_inference_steps=count, mu=mu if ours else None
-            )
-        except _TooMany:
-            continue
-        except (IndexError, ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError):
+        drawn(nothing, problem.noise[:1], count)
+        return calls
+
+    try:
+        count = next((count for count in range(steps, 0, -1) if asked(count) <= steps), None)
+        if count is None:
             return None
-        errors = relative_errors(found.double(), end.double()).cpu().numpy()
-        return errors if np.isfinite(errors).all() else None
-    return None
-
-
-class _TooMany(Exception):
-    """A scheduler asked more often than it may."""
+        found = drawn(lambda x, t: problem.network(x, t, kind), problem.noise, count)
+    except (IndexError, ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError):
+        return None
+    errors = relative_errors(found.double(), end.double()).cpu().numpy()
+    return errors if np.isfinite(errors).all() else None
 
 
 # ------------------------------------------------------------------- table

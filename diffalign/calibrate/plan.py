@@ -26,13 +26,14 @@ class CalibratePlanConfig(tables.TablesConfig):
 
     Attributes:
         iterations: steps of descent per fit
-        fits: fits are started from so many of the best known solvers
+        fits: fits are started from so many of the best starts; of several fits, each gets a quarter of the
+            iterations and the best goes on
         trajectory: weights of the states on the way in the loss, one fit for each
         recompute: evaluate the network again in the backward pass, to save memory
     """
 
     output_dir: str = "outputs/plan"
-    iterations: int = 80
+    iterations: int = 40
     fits: int = 1
     trajectory: list[float] = field(default_factory=lambda: [0.5])
     recompute: bool = True
@@ -68,4 +69,10 @@ def _fit(
     )
 
 
-METHOD = tables.Method("plan", _fit, lambda config: config.iterations * config.fits * len(config.trajectory))
+def _work(config: CalibratePlanConfig) -> int:
+    from diffalign.solvers.selection import descents
+
+    return descents(config.iterations, config.fits, len(config.trajectory))
+
+
+METHOD = tables.Method("plan", _fit, _work)

@@ -21,17 +21,16 @@ from diffalign.solvers import (
     sample,
 )
 from diffalign.solvers.calibrated import Table, Tables, started_late, trace
+from diffalign.solvers.descent import Followed, fit
 from diffalign.solvers.evolution import Space
 from diffalign.solvers.fitting import (
     Problem,
-    _Followed,
-    _relative,
-    _unrolled,
-    fit,
     judge,
     places_of,
+    relative_error,
     solve,
     times_at,
+    unrolled,
 )
 from diffalign.solvers.selection import calibrate, following, known, search
 
@@ -221,12 +220,12 @@ def test_gradients_through_the_sampler():
     matrix = torch.from_numpy(weights).requires_grad_()
 
     def loss(lambdas, matrix):
-        end, states = _unrolled(case, lambdas, matrix, slice(0, 3), recompute=False)
+        end, states = unrolled(case, lambdas, matrix, slice(0, 3), recompute=False)
         inner = [
-            _relative(x / level.sigma, truth.state(level.alpha.log() - level.sigma.log()))
+            relative_error(x / level.sigma, truth.state(level.alpha.log() - level.sigma.log()))
             for x, level in states
         ]
-        return _relative(end, truth.end).mean() + 0.5 * torch.stack(inner).mean()
+        return relative_error(end, truth.end).mean() + 0.5 * torch.stack(inner).mean()
 
     loss(lambdas, matrix).backward()
     step = 1e-5
@@ -248,7 +247,7 @@ def test_recomputing_changes_no_gradient():
     found = []
     for recompute in (False, True):
         lambdas = torch.from_numpy(SCHEDULE.lambda_(times[:-1])).requires_grad_()
-        end, _ = _unrolled(case, lambdas, torch.from_numpy(weights), slice(0, 2), recompute=recompute)
+        end, _ = unrolled(case, lambdas, torch.from_numpy(weights), slice(0, 2), recompute=recompute)
         end.square().sum().backward()
         found.append(lambdas.grad)
     assert torch.equal(*found)
@@ -285,7 +284,9 @@ def test_a_fit_that_does_not_help_is_dropped():
     start = Table(times[:-1], weights)
     bad = fit(case, truth, start, iterations=5, learning_rate=50.0, check_every=1)
     assert bad.score <= fit(case, truth, start, iterations=1, learning_rate=0.0).score
-    result = calibrate(case, truth, {"2M": solver(solver_order=2)}, 5, iterations=2, learning_rate=0.0)
+    only = {"2M": solver(solver_order=2)}
+    follow = {"2M": following(only["2M"])}
+    result = calibrate(case, truth, only, 5, iterations=2, learning_rate=0.0, follow=follow)
     assert not result.improved
     assert result.chosen.table.info["fitted"] is False
 
@@ -324,7 +325,7 @@ def test_the_slopes_of_followed_weights():
     times, _ = trace(solver(solver_order=2, grid="karras"), 5)
     lambdas = torch.from_numpy(SCHEDULE.lambda_(times[:-1]) - 0.05 * np.arange(5)).requires_grad_()
     pull = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 5)))
-    (_Followed.apply(lambdas, follow) * pull).sum().backward()
+    (Followed.apply(lambdas, follow) * pull).sum().backward()
     assert lambdas.grad[0] == 0
     for k in (1, 3, 4):
         step = 1e-3 * (np.arange(5) == k)
