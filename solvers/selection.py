@@ -17,12 +17,13 @@ from diffalign.errors import UserError
 from diffalign.solvers.calibrated import Table, trace
 from diffalign.solvers.descent import Follow, fit
 from diffalign.solvers.evolution import Genome, Space, evolve
-from diffalign.solvers.fitting import Fit, Problem, Truth, judge, lambda_range, times_of
+from diffalign.solvers.fitting import FAR, Fit, Problem, Truth, judge, lambda_range, times_of
 from diffalign.solvers.scheduler import Array, PlanScheduler
 from diffalign.solvers.stepwise import stepwise
 
 LARGE_WEIGHT = 5.0
 MANY = 1024  # held-out noises that show whether a few more end in another image; 256 have missed it
+SEEN = 4  # so many of them that do: the share is then no rare event
 _TRIAL = 4  # of several fits, each gets this part of the iterations before the best goes on
 
 
@@ -119,7 +120,7 @@ def calibrate(
     iterations: int = 250,
     mu: float | None = None,
     follow: Mapping[str, Follow] | None = None,
-    decoupled: bool = False,
+    decoupled: bool = True,
     progress: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> Calibration:
@@ -136,19 +137,14 @@ def calibrate(
         iterations: of a fit.
         mu: shift of a flow model's grid, for the solvers.
         follow: solver -> the weights that it has on a grid, to learn the times alone.
-        decoupled: go on from the best fit with the network asked beside the places of the states; taken only
-            if no more of the held-out noises end in another image, of which :data:`MANY` are needed to tell.
+        decoupled: go on from the best fit with the network asked beside the places of the samples; taken only
+            if no more of the held-out noises end in another image. Not tried where too few are held out to
+            tell: at least :data:`MANY`, or :data:`SEEN` that end elsewhere with the best fit.
         options: of :func:`~diffalign.solvers.descent.fit`.
 
     Raises:
-        UserError: no solver is a table, or too few noises are held out for ``decoupled``.
+        UserError: no solver is a table.
     """
-    _, held_out = problem.parts
-    if decoupled and held_out.stop - held_out.start < MANY:
-        raise UserError(
-            f"decoupled times need at least {MANY} noises held out, not {held_out.stop - held_out.start}: "
-            "more of them, or without"
-        )
     ranked = known(problem, truth, starts, count, mu=mu)
     begun = {**ranked, **({} if follow else _along(problem, truth, ranked))}
     best_starts = sorted(begun.items(), key=lambda item: item[1].score)[:fits]
@@ -173,7 +169,11 @@ def calibrate(
         jobs = [min(tried, key=lambda job: job[1].score)]
     (job,) = jobs
     found = [descended(*job)]
-    if decoupled:
+    if (
+        decoupled
+        and follow is None
+        and (len(found[0].errors) >= MANY or (found[0].errors > FAR).sum() >= SEEN)
+    ):
         beside = descended(job[0], found[0], job[2], decoupled=True)
         if beside.far <= found[0].far:
             found.append(beside)
@@ -181,9 +181,9 @@ def calibrate(
 
 
 def descents(iterations: int, fits: int, trajectories: int) -> int:
-    """Steps of descent that :func:`calibrate` takes at most."""
+    """Steps of descent that :func:`calibrate` takes at most, decoupled times included."""
     jobs = fits * trajectories
-    return iterations + (jobs * math.ceil(iterations / _TRIAL) if jobs > 1 else 0)
+    return 2 * iterations + (jobs * math.ceil(iterations / _TRIAL) if jobs > 1 else 0)
 
 
 def _along(problem: Problem, truth: Truth, ranked: Mapping[str, Fit]) -> dict[str, Fit]:

@@ -88,7 +88,7 @@ class PlansConfig:
         steps: numbers of network evaluations
         seeds: of the noises of fit and test
         noises: of a mixture's fit, with those to choose with
-        held_out: of these, to choose with; from 1024 on, decoupled times are tried
+        held_out: of these, to choose with
         test_noises: of a mixture
         samples: noises and captions of a pipeline's fit
         test_samples: held-out captions with noises of their own, of a pipeline
@@ -333,7 +333,7 @@ def _p90(errors: np.ndarray) -> float:
 def calibrated(case: Case, steps: int) -> Calibration:
     """The plan, from the noises of the fit."""
     from diffalign.calibrate.tables import known_solvers
-    from diffalign.solvers.selection import MANY, calibrate
+    from diffalign.solvers.selection import calibrate
 
     config = case.config
     problem, truth = case.fit
@@ -345,7 +345,6 @@ def calibrated(case: Case, steps: int) -> Calibration:
         fits=config.fits,
         trajectories=config.trajectory,
         iterations=config.iterations if case.on_mixture else config.pipeline_iterations,
-        decoupled=problem.parts[1].stop - problem.parts[1].start >= MANY,
         recompute=config.recompute,
         mu=case.mu,
     )

@@ -101,7 +101,7 @@ def test_the_iterations_are_those_that_are_announced(case):
             iterations=6,
             progress=lambda: done.append(1),  # noqa: B023
         )
-        assert len(done) == descents(6, fits, len(weights))
+        assert len(done) == descents(6, fits, len(weights)) - 6  # no decoupled times: too few noises
 
 
 # ------------------------------------------------------------------------------------------- decoupled
@@ -217,11 +217,24 @@ def test_decoupled_times_that_send_more_noises_elsewhere_are_dropped(few_are_eno
     assert not made.chosen.table.info["decoupled"]
 
 
-def test_decoupled_times_need_many_noises():
-    problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 64, 0)
+def test_decoupled_times_are_tried_only_where_a_flip_would_be_seen(monkeypatch):
+    tried, elsewhere = [], [0]
+
+    def recorded(*args, decoupled=False, **options):
+        made = fit(*args, **options)
+        if decoupled:
+            tried.append(True)
+        return replace(made, errors=np.where(np.arange(len(made.errors)) < elsewhere[0], 1.0, 0.0))
+
+    monkeypatch.setattr(selection, "fit", recorded)
+    problem = mixture_problem(GaussianMixture.random(seed=0), 1.0, 16, 0)
+    truth = solve(problem, 10)
     only = {"2M": DPMSolverPPScheduler.from_config(SD_SCHEDULER)}
-    with pytest.raises(UserError, match=f"at least {selection.MANY} noises held out, not 32"):
-        calibrate(problem, solve(problem, 10), only, 5, decoupled=True)
+    options = {"fits": 1, "trajectories": (0.1,), "iterations": 1}
+    for far, tries in ((0, 0), (selection.SEEN - 1, 0), (selection.SEEN, 1)):
+        elsewhere[0] = far
+        calibrate(problem, truth, only, 3, **options)
+        assert len(tried) == tries
 
 
 def test_the_start_is_never_worse_than_the_known_solvers(case):
