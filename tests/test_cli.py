@@ -142,6 +142,13 @@ def test_help_teaches(capsys):
     assert "Attributes:" not in text
 
 
+def test_a_setting_of_an_item_in_a_list_is_named_as_one():
+    from diffalign.trainers import DiffusionDPOConfig
+
+    with pytest.raises(UserError, match="--losses: unknown setting 'wieght'; did you mean 'weight'"):
+        cli.parse(DiffusionDPOConfig, ["--losses", "[{name: sft, wieght: 2}]"], prog="train", example="")
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -392,23 +399,24 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_gives_one_sentence_and_130(tiny_folder, tmp_path):
     import signal
-    import time
 
     args = ["sample", "--model", tiny_folder, "--prompts", "a", "--steps", "900", "--device", "cpu"]
-    command = [sys.executable, "-m", "diffalign", *args, "--output_dir", str(tmp_path / "o"), "--seeds"]
-    process = subprocess.Popen(
-        [*command, *map(str, range(200))],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
+    args += ["--output_dir", str(tmp_path / "o"), "--seeds", *map(str, range(200))]
+    reading, writing = os.pipe()
+    child = os.fork()  # a copy of this process has all libraries loaded
+    if not child:
         # A suite in the background of a shell inherits that SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while "step" not in process.stderr.readline(200) and time.monotonic() < deadline:
-        pass
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, rest
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr = os.fdopen(writing, "w", buffering=1)
+        code = cli.main(args)
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        while "step" not in (line := said.readline(200)):
+            assert line, "it ended before it drew"
+        os.kill(child, signal.SIGINT)
+        rest = said.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130, rest
     assert "Traceback" not in rest
     assert rest.rstrip().endswith("diffalign: interrupted; what was saved before is kept")

@@ -1,23 +1,24 @@
 """Killed runs go on as if nothing had happened; several processes do what one does."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from diffalign import cli
 from diffalign.errors import RunFailed
 from diffalign.trainers import checkpoint
 from diffalign.trainers.log import JsonLines, read
 
 LORA = "pytorch_lora_weights.safetensors"
-COMMAND = ["-m", "diffalign", "train", "diffusion-dpo"]
 VOLATILE = ("step_seconds",)
 
 
@@ -37,20 +38,15 @@ def arguments(model_folder, pairs_folder, shared_cache):
             "rank": 4,
             "progress": "false",
         }
-        return [*COMMAND, *(f"--{k}={v}" for k, v in (settings | options).items())]
+        return ["train", "diffusion-dpo", *(f"--{k}={v}" for k, v in (settings | options).items())]
 
     return make
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(*command):
-    done = subprocess.run(
-        [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def started_alone(command):
+    """The command in a process that knows of no others yet but by its environment."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert cli.main(command) == 0
 
 
 def records(folder):
@@ -61,14 +57,18 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, arguments, trainer, model
     options = {"use_ema": "true", "lr_warmup_steps": 4, "lr_scheduler": "cosine"}
     killed = tmp_path / "killed"
     command = arguments(killed, checkpointing_steps=3, **options)
-    process = subprocess.Popen([sys.executable, *command], env=environment(), stderr=subprocess.DEVNULL)
+    child = os.fork()  # a copy of this process has all libraries loaded
+    if not child:
+        with contextlib.suppress(BaseException):
+            started_alone(command)
+        os._exit(1)
     deadline = time.monotonic() + 240
     while not checkpoint.checkpoints(killed):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert not os.waitpid(child, os.WNOHANG)[0], "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert not (killed / LORA).exists()
 
     # In this process and not in a new one: what is compared must not depend on where it runs.
@@ -96,13 +96,23 @@ def test_all_weights_resume_bit_identically_against_the_first_reference(trainer)
     assert records(whole) == records(cut)
 
 
-def test_two_processes_give_the_result_of_one(tmp_path, arguments):
-    run(*arguments(tmp_path / "one", train_batch_size=8, max_train_steps=3))
+def test_torchrun_gives_the_result_of_one_process(tmp_path, arguments, trainer, model_folder, pairs_folder):
+    trainer("one", model=model_folder, dataset=str(pairs_folder)).train()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    run(*launcher, *arguments(tmp_path / "two", train_batch_size=4, max_train_steps=3))
+    # What torchrun does, but with copies of this process, which has all libraries loaded.
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_backend="c10d",
+        max_restarts=0,
+        start_method="fork",
+    )
+    command = arguments(tmp_path / "two", train_batch_size=4, max_train_steps=3)
+    elastic_launch(launch, started_alone)(command)
     one, two = (read(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 3
     for mine, theirs in zip(one, two, strict=True):
