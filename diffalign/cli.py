@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from diffalign.errors import UserError, describe, suggestion
@@ -461,6 +461,12 @@ def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
     """The parser's message in the words of the command line."""
     text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
     more = f" ('{prog} --help' explains the options)"
+    if found := re.search(r"""Parser key "(\w+)".*Option '(\w+)' is not accepted""", text):
+        name, setting = found.groups()
+        if is_dataclass(item := _element(hints.get(name))):
+            known = [field.name for field in fields(item)]
+            nearest = suggestion(setting, known)
+            return f"--{name}: unknown setting {setting!r}{nearest} (known: {', '.join(known)})"
     if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text):
         name = found.group(1) or found.group(2)
         nearest = suggestion(f"--{name}", [f"--{known}" for known in hints])

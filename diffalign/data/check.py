@@ -50,7 +50,7 @@ class Findings:
         rows: rows in the set.
         pairs: rows that make a usable pair.
         prompts: distinct prompts among those.
-        ties: rows without a verdict (tie, no label); no damage.
+        ties: rows without a verdict (tie, no label, no score); no damage.
         damaged: rows that can't be used for any other reason.
         reasons: rows left out, by reason, the most frequent first.
         left_out: each of these rows.

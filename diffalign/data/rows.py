@@ -18,7 +18,7 @@ from diffalign.data.tables import Table
 from diffalign.errors import UserError, suggestion
 
 # Rows left out because of what the voters said, or by an option. Everything else that is skipped is damage.
-NO_VERDICT = ("tie", "no label")
+NO_VERDICT = ("tie", "no label", "no score")
 CHOICES = (
     *NO_VERDICT,
     "repeated pair",
@@ -341,7 +341,7 @@ def _identity(cells: Cells, row: PairRow, place: Place) -> str:
 
 def _by_scores(first: Any, second: Any) -> tuple[float, str]:
     if not is_number(first) or not is_number(second):
-        return 0.5, "no label"
+        return 0.5, "no score"
     return (0.5, "tie") if first == second else (float(first > second), "")
 
 

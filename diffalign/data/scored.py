@@ -64,4 +64,4 @@ def _rows(table: Table, roles: Mapping[str, str], places: tuple[str, ...]) -> It
             row_id = name if places == ("image",) else f"{name}:{item}"
             known = float(score) if is_number(score) else None
             row = ImageRow(number, row_id, prompts, place, None, known)
-            yield row, reason or ("no label" if known is None else "")
+            yield row, reason or ("no score" if known is None else "")

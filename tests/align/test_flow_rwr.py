@@ -108,7 +108,7 @@ def test_scores_of_pairs_and_of_single_images(tmp_path):
     single.write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = open_scored(single, max_bad=0.5)
     assert images.scores == [0.5, 1.0, 2.0]
-    assert [bad.reason for bad in images.skipped] == ["no label"]
+    assert [bad.reason for bad in images.skipped] == ["no score"]
 
 
 def test_sets_without_scores_are_refused(tmp_path, lists_folder):

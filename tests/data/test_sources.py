@@ -249,6 +249,9 @@ def test_scores_decide_when_asked_to_or_alone(make):
     kept = open_pairs(table, selection=Selection(label_by="scores", margin=3))
     assert kept.ids == ["row-2"]
     assert [bad.reason for bad in kept.skipped] == ["small margin", "tie"]
+    half = labelled(make, 2, score_0=[1.0, 2.0], score_1=[3.0, None])
+    scored = open_pairs(half, selection=Selection(label_by="scores"))
+    assert [bad.reason for bad in scored.skipped] == ["no score"]
 
 
 @pytest.mark.parametrize(
