@@ -6,6 +6,7 @@ solver there.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from diffalign.solvers.stepwise import stepwise
 LARGE_WEIGHT = 5.0
 MANY = 1024  # held-out noises that show whether a few more end in another image; 256 have missed it
 SEEN = 4  # so many of them that do: the share is then no rare event
-_TRIAL = 4  # of several fits, each gets this part of the iterations before the best goes on
+_TRIAL = 4  # of several weights, each gets this part of the iterations before the best goes on
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,15 @@ def calibrate(
 ) -> Calibration:
     """Fit a table of ``count`` steps from the best of several starts, and take it if it is better.
 
-    Starts are the known solvers and, on each of their grids, the weights that lead along the true
-    trajectories (:func:`~diffalign.solvers.stepwise.stepwise`). Where there are several fits to make, each
-    gets a quarter of the iterations, and the best of these all of them from there.
+    Starts are, in turn, the best of the known solvers and the best of the weights that lead along the true
+    trajectories on their times (:func:`~diffalign.solvers.stepwise.stepwise`). The latter are nearer, yet
+    with many steps descent may come farther from the former. Of several weights of the states on the way,
+    each gets a quarter of the iterations, and the best of these all of them from there.
 
     Args:
         starts: solvers to start from and to compare with, by name; those that are no tables are left out.
         trajectories: fits are made with each of these weights of the states on the way.
-        fits: from so many of the best starts.
+        fits: from so many starts.
         iterations: of a fit.
         mu: shift of a flow model's grid, for the solvers.
         follow: solver -> the weights that it has on a grid, to learn the times alone.
@@ -146,8 +148,7 @@ def calibrate(
         UserError: no solver is a table.
     """
     ranked = known(problem, truth, starts, count, mu=mu)
-    begun = {**ranked, **({} if follow else _along(problem, truth, ranked))}
-    best_starts = sorted(begun.items(), key=lambda item: item[1].score)[:fits]
+    along = {} if follow else _along(problem, truth, ranked)
 
     def descended(name: str, start: Fit, trajectory: float, share: int = 1, **more: Any) -> Fit:
         made = fit(
@@ -163,27 +164,39 @@ def calibrate(
         )
         return replace(made, table=replace(made.table, info={"start": name}))
 
-    jobs = [(name, start, trajectory) for name, start in best_starts for trajectory in trajectories]
-    if len(jobs) > 1:
-        tried = [(name, descended(name, start, weight, _TRIAL), weight) for name, start, weight in jobs]
-        jobs = [min(tried, key=lambda job: job[1].score)]
-    (job,) = jobs
-    found = [descended(*job)]
-    if (
-        decoupled
-        and follow is None
-        and (len(found[0].errors) >= MANY or (found[0].errors > FAR).sum() >= SEEN)
-    ):
-        beside = descended(job[0], found[0], job[2], decoupled=True)
-        if beside.far <= found[0].far:
-            found.append(beside)
-    return settled(problem, ranked, found)
+    found: list[tuple[str, Fit, float]] = []
+    for name, start in _in_turn(along, ranked)[:fits]:
+        jobs = [(name, start, trajectory) for trajectory in trajectories]
+        if len(jobs) > 1:
+            tried = [(name, descended(*job, share=_TRIAL), job[2]) for job in jobs]
+            jobs = [min(tried, key=lambda job: job[1].score)]
+        (job,) = jobs
+        found.append((name, descended(*job), job[2]))
+    name, best, trajectory = min(found, key=lambda one: one[1].score)
+    results = [made for _, made, _ in found]
+    telling = len(best.errors) >= MANY or (best.errors > FAR).sum() >= SEEN
+    if decoupled and telling and follow is None:
+        beside = descended(name, best, trajectory, decoupled=True)
+        if beside.far <= best.far:
+            results.append(beside)
+    return settled(problem, ranked, results)
 
 
 def descents(iterations: int, fits: int, trajectories: int) -> int:
     """Steps of descent that :func:`calibrate` takes at most, decoupled times included."""
-    jobs = fits * trajectories
-    return 2 * iterations + (jobs * math.ceil(iterations / _TRIAL) if jobs > 1 else 0)
+    trials = trajectories * math.ceil(iterations / _TRIAL) if trajectories > 1 else 0
+    return fits * (trials + iterations) + iterations
+
+
+def _in_turn(*rankings: Mapping[str, Fit]) -> list[tuple[str, Fit]]:
+    """The best of each, then the second of each, and so on; of each round the better one first."""
+    sorted_ones = (sorted(ranking.items(), key=_score) for ranking in rankings)
+    rounds = itertools.zip_longest(*sorted_ones)
+    return [item for one in rounds for item in sorted((found for found in one if found), key=_score)]
+
+
+def _score(item: tuple[str, Fit]) -> float:
+    return item[1].score
 
 
 def _along(problem: Problem, truth: Truth, ranked: Mapping[str, Fit]) -> dict[str, Fit]:

@@ -94,9 +94,9 @@ class PlansConfig:
         test_samples: held-out captions with noises of their own, of a pipeline
         iterations: steps of descent per fit on mixtures
         pipeline_iterations: the same on pipelines
-        fits: fits are started from so many of the best starts; of several fits, each gets a quarter of the
-            iterations and the best goes on
-        trajectory: weights of the states on the way in the loss, one fit for each
+        fits: so many fits, from the best known solver, from weights fitted step by step, and so on in turn
+        trajectory: weights of the states on the way in the loss; of several, each gets a quarter of the
+            iterations, and the best goes on
         reference_steps: Runge-Kutta steps of the converged solutions
         recompute: evaluate the network again in the backward pass, to save memory
         device: of pipelines; auto, cpu, cuda, cuda:1, mps

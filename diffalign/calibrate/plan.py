@@ -26,9 +26,9 @@ class CalibratePlanConfig(tables.TablesConfig):
 
     Attributes:
         iterations: steps of descent per fit
-        fits: fits are started from so many of the best starts; of several fits, each gets a quarter of the
-            iterations and the best goes on
-        trajectory: weights of the states on the way in the loss, one fit for each
+        fits: so many fits, from the best known solver, from weights fitted step by step, and so on in turn
+        trajectory: weights of the states on the way in the loss; of several, each gets a quarter of the
+            iterations, and the best goes on
         recompute: evaluate the network again in the backward pass, to save memory
     """
 

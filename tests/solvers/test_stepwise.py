@@ -237,6 +237,22 @@ def test_decoupled_times_are_tried_only_where_a_flip_would_be_seen(monkeypatch):
         assert len(tried) == tries
 
 
+def test_fits_start_from_a_known_solver_and_from_stepwise_weights(case, monkeypatch):
+    begun = []
+    monkeypatch.setattr(
+        selection,
+        "fit",
+        lambda problem, truth, start, **o: begun.append(start) or fit(problem, truth, start, **o),
+    )
+    options = {"trajectories": (0.5,), "iterations": 1, "decoupled": False}
+    calibrate(*case, solvers(), 5, fits=2, **options)
+    best = next(iter(known(*case, solvers(), 5).values())).table
+    assert len(begun) == 2
+    assert sum(np.array_equal(table.weights, best.weights) for table in begun) == 1
+    stepped = next(table for table in begun if not np.array_equal(table.weights, best.weights))
+    np.testing.assert_allclose(stepped.weights, stepwise(*case, stepped.times).weights)
+
+
 def test_the_start_is_never_worse_than_the_known_solvers(case):
     problem, truth = case
     best = next(iter(known(problem, truth, solvers(), 5).values()))
