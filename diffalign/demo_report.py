@@ -12,7 +12,7 @@ from diffalign.output import write_text
 from diffalign.report import PALETTE, figure_png, figure_uri, new_figure, png_uri, render, save_png, tile
 
 if TYPE_CHECKING:
-    from diffalign.bench.samplers import Comparison
+    from diffalign.bench.comparison import Comparison
     from diffalign.demo import Contest, DemoConfig
     from diffalign.playground.pairs import Candidates
 

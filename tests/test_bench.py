@@ -11,16 +11,15 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from diffalign.bench import gpu, plots, record
 from diffalign.bench.against import compared, regressions
+from diffalign.bench.comparison import Row
 from diffalign.bench.networks import SD_SCHEDULER, UNETS, tiny_pipeline
 from diffalign.bench.record import command_line
 from diffalign.bench.reference import converge, ladder, relative_errors
 from diffalign.bench.samplers import (
-    Row,
     compare_on_mixture,
     compare_samplers,
     inference_steps,
     parse_spec,
-    predicted_images,
     scheduler_identity,
 )
 from diffalign.bench.samplers_report import SamplersConfig
@@ -29,6 +28,7 @@ from diffalign.bench.step import PAIRS, StepConfig, compare_steps, count_syncs, 
 from diffalign.bench.step import run as run_step
 from diffalign.bench.train import LIMITS, METHODS, BenchTrainConfig, count, make_case, measure
 from diffalign.bench.train import run as run_train
+from diffalign.bench.trajectory import predicted_images
 from diffalign.errors import RunFailed, UserError
 from diffalign.pipelines.generate import Samples, count_evaluations, denoiser, generate
 from diffalign.solvers import SOLVERS, GaussianMixture, NoiseSchedule, sample
@@ -156,7 +156,7 @@ def test_rows_are_per_image():
 )
 def test_evaluations_are_equal_whatever_a_step_takes(pipe, name, allowed, steps, taken):
     assert inference_steps(make(name, pipe), allowed) == (steps, taken)
-    row = compare_samplers(pipe, [name], [allowed], ["a"], reference_steps=20, progress=False).rows[0]
+    row = compare_samplers(pipe, [name], [allowed], ["a"], reference_steps=4, progress=False).rows[0]
     assert (row.steps, row.inference_steps, row.nfe) == (allowed, steps, taken)
 
 

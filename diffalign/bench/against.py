@@ -41,9 +41,11 @@ def read(path: str, settings: Mapping[str, Any]) -> Rows:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         rows, earlier = found["per_image"], found["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"--against: {str(file)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--against takes the samplers.json of an earlier run, and {str(file)!r} is none ({error!r})"
+            f"--against takes the samplers.json of an earlier run, and {str(file)!r} is none"
         ) from error
     for name in SAME:
         if earlier.get(name) != settings[name]:

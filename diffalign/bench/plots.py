@@ -14,7 +14,7 @@ import numpy as np
 from diffalign.report import PALETTE, new_figure, tile
 
 if TYPE_CHECKING:
-    from diffalign.bench.samplers import Comparison, Row
+    from diffalign.bench.comparison import Comparison, Row
 
 # Hues that colour-blind eyes tell apart on white (Okabe and Ito, without the yellow), most distant first; a
 # marker of its own tells lines apart without any hue.
@@ -189,7 +189,7 @@ def trajectory_strip(predicted: Mapping[str, np.ndarray], *, title: str = "") ->
     """What each sampler believes the image to be, a column per network evaluation.
 
     Args:
-        predicted: from :func:`diffalign.bench.samplers.predicted_images`.
+        predicted: from :func:`diffalign.bench.trajectory.predicted_images`.
         title: such as the prompt.
     """
     most = max(len(images) for images in predicted.values())

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffalign.bench.comparison import Comparison, Row
 from diffalign.bench.kept import Piece, keep, key
 from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.bench.reference import (
@@ -47,117 +48,6 @@ Features = Callable[[np.ndarray], np.ndarray]
 
 #: Pictures of each row that are kept for reports.
 SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sampler at one number of network evaluations.
-
-    Attributes:
-        sampler: its name in the comparison.
-        steps: evaluations that it was allowed.
-        inference_steps: the ``num_inference_steps`` that it got for them: fewer for a sampler that evaluates
-            several times within a step.
-        guidance: classifier-free guidance scale.
-        dtype: of the network.
-        nfe: network evaluations per image, counted on the network; a guided pair is one.
-        seconds: wall time per image, prompts and decoding included.
-        outside: the part of ``seconds`` that was not spent in the network.
-        values: metric -> its value for each image. ``error`` is ||z - z*|| / ||z*|| with z the final latents
-            and z* the yardstick; ``pixel_error`` the mean absolute difference of the decoded images, of 255;
-            ``feature_distance`` 1 - cosine of their features; ``score/<name>`` a score. The latter three only
-            where there are images, features and scores.
-        images: (at most 8, H, W, 3) uint8, the first ones.
-    """
-
-    sampler: str
-    steps: int
-    inference_steps: int
-    guidance: float
-    dtype: str
-    nfe: float
-    seconds: float
-    outside: float
-    values: dict[str, list[float]]
-    images: np.ndarray | None = field(default=None, repr=False)
-
-    def mean(self, metric: str) -> float:
-        """Over the images."""
-        return float(np.mean(self.values[metric]))
-
-    @property
-    def error(self) -> float:
-        """Mean over the images."""
-        return self.mean("error")
-
-    @property
-    def error_se(self) -> float:
-        """Standard error of that mean."""
-        errors = np.asarray(self.values["error"])
-        return float(errors.std(ddof=1) / len(errors) ** 0.5) if len(errors) > 1 else 0.0
-
-    @property
-    def error_median(self) -> float:
-        """Of the same: a few samples that end at another mode don't move it."""
-        return float(np.median(self.values["error"]))
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Mean of each score."""
-        prefix = "score/"
-        return {name.removeprefix(prefix): self.mean(name) for name in self.values if name.startswith(prefix)}
-
-
-@dataclass
-class Comparison:
-    """What one comparison found.
-
-    Attributes:
-        rows: one per dtype, guidance scale, sampler and number of evaluations.
-        references: guidance scale -> the yardstick.
-        skipped: what could not be run, and why, a sentence each.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    references: dict[float, Reference] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-
-    @property
-    def reference_error(self) -> float:
-        """How far the least certain yardstick still moved, as a mean relative error; 0 for exact solutions.
-
-        A sampler's error below it says nothing.
-        """
-        return max((reference.error for reference in self.references.values()), default=0.0)
-
-    @property
-    def samplers(self) -> list[str]:
-        """Names, in order."""
-        return list(dict.fromkeys(row.sampler for row in self.rows))
-
-    def table(self) -> list[dict[str, Any]]:
-        """A tidy table: the rows as flat dictionaries, for CSV, JSON or ``pandas.DataFrame``.
-
-        All have the same keys; scores are ``score/<name>``, means over the images like every metric.
-        """
-        names = [n for row in self.rows[:1] for n in row.values if n != "error"]
-        return [
-            {
-                "sampler": row.sampler,
-                "dtype": row.dtype,
-                "guidance": row.guidance,
-                "steps": row.steps,
-                "inference_steps": row.inference_steps,
-                "nfe": row.nfe,
-                "error": row.error,
-                "error_se": row.error_se,
-                "error_median": row.error_median,
-                **{name: row.mean(name) for name in names},
-                "seconds": row.seconds,
-                "outside": row.outside,
-            }
-            for row in self.rows
-        ]
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -589,56 +479,3 @@ def clip_features(reward: Any) -> Features:
         return np.concatenate(found)
 
     return features
-
-
-def predicted_images(
-    pipe: Any,
-    samplers: Mapping[str, Any] | Sequence[Any],
-    steps: int,
-    prompt: str,
-    *,
-    seed: int = 0,
-    guidance: float = 4.0,
-) -> dict[str, np.ndarray]:
-    """What each sampler believes the image to be, at every network evaluation on its way.
-
-    Args:
-        pipe: a text-to-image pipeline of a family that `diffalign.models` knows.
-        samplers: as in `compare_samplers`.
-        steps: network evaluations.
-        prompt: what to draw.
-        seed: of the starting noise.
-        guidance: classifier-free guidance scale.
-
-    Returns:
-        name -> (evaluations, H, W, 3) uint8, the decoded data predictions.
-
-    Raises:
-        UserError: a pipeline class that no family knows.
-    """
-    from diffalign.calibrate.guided import guided_model, guided_network, starting_noise
-    from diffalign.models import load_adapter
-    from diffalign.pipelines.guidance import dynamic_shift
-    from diffalign.solvers.prediction import convert
-
-    adapter = load_adapter(pipe)
-    kind, schedule = adapter.prediction_type, adapter.schedule
-    network = guided_model(guided_network(adapter, [prompt], guidance_scale=guidance), [0])
-    noise = starting_noise(adapter, [seed])
-    found = {}
-    for name, scheduler in build(samplers, pipe.scheduler.config).items():
-        predictions: list[torch.Tensor] = []
-
-        def model(x: torch.Tensor, t: Any, predictions: list[torch.Tensor] = predictions) -> torch.Tensor:
-            output = network(x, t)
-            alpha, sigma = (float(v) for v in schedule.alpha_sigma(float(t)))
-            predictions.append(convert(output, x, alpha, sigma, source=kind, to="sample"))
-            return output
-
-        n, _ = inference_steps(scheduler, steps)
-        with torch.no_grad():
-            sample(model, noise, scheduler, num_inference_steps=n, mu=dynamic_shift(adapter))
-            pixels = torch.cat([adapter.decode(one) for one in predictions])
-        rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-        found[name] = rounded.permute(0, 2, 3, 1).cpu().numpy()
-    return found

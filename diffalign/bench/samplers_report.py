@@ -14,7 +14,8 @@ from diffalign.output import write_text
 from diffalign.rewards.spec import RewardSpec
 
 if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
-    from diffalign.bench.samplers import Comparison, Features, Row, Score
+    from diffalign.bench.comparison import Comparison, Row
+    from diffalign.bench.samplers import Features, Score
 
 MIXTURE = "mixture"
 # The comparison, the prompt of each image, and strips of predicted images by title.
@@ -252,7 +253,8 @@ def _trajectories(
 ) -> dict[str, Any]:
     """Title -> strip of the first prompts at about ten evaluations; none for a family that has no adapter."""
     from diffalign.bench.plots import trajectory_strip
-    from diffalign.bench.samplers import inference_steps, predicted_images
+    from diffalign.bench.samplers import inference_steps
+    from diffalign.bench.trajectory import predicted_images
     from diffalign.models.base import FAMILIES
 
     if type(pipe).__name__ not in FAMILIES:
