@@ -1,5 +1,6 @@
 """The package list, the mapped folders and the built wheel agree with what is on disk."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -72,7 +73,12 @@ def test_every_lazy_name_loads():
 
 def test_wheel_has_one_top_level_name_and_each_file_once(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Not in the build folder of the tree, which may hold what an earlier build left.
+    (tmp_path / "own.cfg").write_text(
+        f"[build]\nbuild_base={tmp_path}/build\n"
+    )
+    env = {**os.environ, "DIST_EXTRA_CONFIG": str(tmp_path / "own.cfg")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     top = {name.split("/")[0] for name in names}
