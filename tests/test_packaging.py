@@ -74,9 +74,7 @@ def test_every_lazy_name_loads():
 def test_wheel_has_one_top_level_name_and_each_file_once(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
     # Not in the build folder of the tree, which may hold what an earlier build left.
-    (tmp_path / "own.cfg").write_text(
-        f"[build]\nbuild_base={tmp_path}/build\n"
-    )
+    (tmp_path / "own.cfg").write_text(f"[build]\nbuild_base={tmp_path}/build\n")
     env = {**os.environ, "DIST_EXTRA_CONFIG": str(tmp_path / "own.cfg")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
