@@ -80,6 +80,21 @@ def test_equal_evaluations_buy_each_method_its_own_number_of_steps(tmp_path, cap
         assert 0.6 < row["evaluations"] / 260 < 1.4  # whole steps, and whole rounds
 
 
+def test_a_budget_is_used_up_by_rounds_longer_than_the_first_steps(tmp_path, monkeypatch):
+    asked = []
+
+    def rounds(config, folder, pairs, method, options, seed):  # of 64 steps, paid when they begin
+        asked.append(steps := options["max_train_steps"])
+        return {"steps": steps, "evaluations": 2048 * -(-steps // 64) + 48 * steps, "seconds": 1.0}
+
+    monkeypatch.setattr(align, "_train", rounds)
+    config = AlignConfig(equal="evaluations", budget=12_000, train_steps=10)
+    facts = align.train(config, tmp_path, tmp_path, 0, "flow-rwr-online")
+    assert 0.9 < facts["evaluations"] / config.budget < 1.1
+    assert asked == sorted(set(asked))
+    assert facts["steps"] == asked[-1]
+
+
 def test_diversity_is_the_distance_between_images_of_one_caption():
     images = np.zeros((2, 2, 4, 4, 3), np.uint8)
     images[0, 1] = 10  # the two of the first caption are 10 apart, those of the second alike

@@ -298,7 +298,8 @@ def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) 
     """A LoRA by one method, through the trainer that every user has; what its log says at the end.
 
     With equal evaluations or seconds, the first ``train_steps`` say what a step costs and so how many the
-    budget buys; the run then goes on to that number, as a resumed run does.
+    budget buys; the run then goes on to that number, as a resumed run does, and is asked again: a round of
+    own samples is paid before its first step, and steps get cheaper the more of it is used.
 
     Raises:
         UserError: the budget is spent before training has begun, or before its steps have been measured.
@@ -309,7 +310,7 @@ def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) 
     if not method.own:
         paid = json.loads((pairs / COST).read_text())
     facts = _train(config, folder, pairs, method, options, seed)
-    if config.equal != "steps":
+    while config.equal != "steps":
         per_step = facts[config.equal] / facts["steps"]
         steps = int((config.budget - paid[config.equal]) / per_step)
         if steps < options["max_train_steps"]:
@@ -318,8 +319,9 @@ def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) 
                 f"{paid[config.equal] + facts[config.equal]:.0f} {config.equal}, more than --budget "
                 f"{config.budget:g}; raise it, or lower --train_steps"
             )
-        if steps > facts["steps"]:
-            facts = _train(config, folder, pairs, method, options | {"max_train_steps": steps}, seed)
+        if steps <= facts["steps"]:
+            break
+        facts = _train(config, folder, pairs, method, options | {"max_train_steps": steps}, seed)
     return facts | {what: facts[what] + paid[what] for what in paid}
 
 
