@@ -26,8 +26,8 @@ class Row:
         outside: the part of ``seconds`` that was not spent in the network.
         values: metric -> its value for each image. ``error`` is ||z - z*|| / ||z*|| with z the final latents
             and z* the yardstick; ``pixel_error`` the mean absolute difference of the decoded images, of 255;
-            ``feature_distance`` 1 - cosine of their features; ``score/<name>`` a score. The latter three only
-            where there are images, features and scores.
+            ``feature_distance`` 1 - cosine of their features, ``lpips`` or what else was asked for;
+            ``score/<name>`` a score. All but the first only where there are images.
         images: (at most 8, H, W, 3) uint8, the first ones.
     """
 

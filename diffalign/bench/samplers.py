@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from diffalign.bench.comparison import Comparison, Row
+from diffalign.bench.distances import Distance
 from diffalign.bench.kept import Piece, keep, key
 from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.bench.reference import (
@@ -43,8 +44,6 @@ from diffalign.solvers.noise import NoiseSchedule
 
 # images (N, H, W, 3) uint8 and their N prompts to N numbers
 Score = Callable[[np.ndarray, Sequence[str]], Sequence[float] | np.ndarray]
-# images (N, H, W, 3) uint8 to (N, D)
-Features = Callable[[np.ndarray], np.ndarray]
 
 #: Pictures of each row that are kept for reports.
 SHOWN = 8
@@ -169,7 +168,7 @@ class _Problem:
     calls_per_evaluation: float = 1.0  # 2 where a pipeline asks for a guided pair one by one
     prompts: Sequence[str] = ()
     scores: Mapping[str, Score] = field(default_factory=dict)
-    features: Features | None = None
+    distances: Mapping[str, Distance] = field(default_factory=dict)
 
 
 def compare_samplers(
@@ -184,7 +183,7 @@ def compare_samplers(
     reference_steps: int = 400,
     reference_tolerance: float = 2e-3,
     scores: Mapping[str, Score] | None = None,
-    features: Features | None = None,
+    distances: Mapping[str, Distance] | None = None,
     folder: str | Path | None = None,
     cache_dir: str | Path | None = None,
     batch_size: int = 8,
@@ -207,7 +206,8 @@ def compare_samplers(
         reference_steps: most steps of the converged solution (third-order DPM-Solver++, half-log-SNR grid).
         reference_tolerance: its steps are doubled until the latents move by less, in the mean.
         scores: name -> function of the images and their prompts, such as a reward model.
-        features: of images; their distance to those of the converged images becomes a metric.
+        distances: metric -> function of the images and the converged ones, such as
+            :func:`~diffalign.bench.distances.lpips_distance`.
         folder: where finished rows are kept, so that an interrupted comparison goes on. A row is taken from
             there only if model, prompts, sampler and everything else are the same; only the names of scores
             can be compared, not what they do.
@@ -284,7 +284,7 @@ def compare_samplers(
                     first.samples.nfe / planned,
                     prompts,
                     scores or {},
-                    features,
+                    distances or {},
                 )
                 _compare(result, problem, schedulers, steps, stored)
     return result
@@ -374,7 +374,7 @@ def _compare(
     folder: Path | None,
 ) -> None:
     """Add the rows of one problem, those that `folder` has as they are."""
-    measured = {"scores": list(problem.scores), "features": problem.features is not None}
+    measured = {"scores": list(problem.scores), "distances": list(problem.distances)}
     versions = {name: version(name) for name in ("diffalign", "diffusers", "torch")}
     shared = {**problem.identity, **measured, **versions}
     cells = [(name, scheduler, allowed) for name, scheduler in schedulers.items() for allowed in steps]
@@ -424,9 +424,8 @@ def _cell(problem: _Problem, scheduler: Any, n: int, planned: int, label: str) -
     if reference.images is not None:
         difference = np.abs(found.images.astype(np.float32) - reference.images)
         values["pixel_error"] = difference.mean(axis=(1, 2, 3), dtype=float).tolist()
-        if problem.features is not None:
-            ours, exact = (problem.features(images) for images in (found.images, reference.images))
-            values["feature_distance"] = (1 - _cosine(ours, exact)).tolist()
+        for metric, distance in problem.distances.items():
+            values[metric] = np.asarray(distance(found.images, reference.images), dtype=float).tolist()
         for name, score in problem.scores.items():
             judged = np.asarray(score(found.images, problem.prompts), dtype=float)
             values[f"score/{name}"] = judged.tolist()
@@ -441,11 +440,6 @@ def _cell(problem: _Problem, scheduler: Any, n: int, planned: int, label: str) -
     return Piece(facts, arrays)
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    product = (a * b).sum(axis=1, dtype=float)
-    return product / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-
-
 def scheduler_identity(scheduler: Any) -> str:
     """A hash of the files that a scheduler saves: its class, its options and its learnt tables."""
     sha = hashlib.sha256(f"{type(scheduler).__module__}.{type(scheduler).__qualname__}".encode())
@@ -454,28 +448,3 @@ def scheduler_identity(scheduler: Any) -> str:
         for path in sorted(Path(folder).rglob("*")):
             sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()[:32]
-
-
-def clip_features(reward: Any) -> Features:
-    """The image tower of a CLIP reward as `Features`.
-
-    Raises:
-        UserError: it is no CLIP.
-    """
-    from diffalign.rewards.clip import ClipReward
-
-    if not isinstance(reward, ClipReward):
-        raise UserError(
-            f"reward {getattr(reward, 'name', reward)} has no image features; take one that is a CLIP: "
-            "playground/scorer, clip, pickscore or hpsv2"
-        )
-
-    @torch.no_grad()
-    def features(images: np.ndarray) -> np.ndarray:
-        found = []
-        for batch in np.array_split(images, -(-len(images) // 32)):
-            pixels = torch.from_numpy(batch).to(reward.device).permute(0, 3, 1, 2).float() / 255
-            found.append(reward.clip.images(reward.square(pixels)).cpu().numpy())
-        return np.concatenate(found)
-
-    return features

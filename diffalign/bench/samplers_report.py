@@ -15,7 +15,8 @@ from diffalign.rewards.spec import RewardSpec
 
 if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.bench.comparison import Comparison, Row
-    from diffalign.bench.samplers import Features, Score
+    from diffalign.bench.distances import Distance
+    from diffalign.bench.samplers import Score
 
 MIXTURE = "mixture"
 # The comparison, the prompt of each image, and strips of predicted images by title.
@@ -30,7 +31,7 @@ _FREE = {
     "guidance",
     "dtypes",
     "rewards",
-    "features",
+    "distances",
     "against",
 }
 _FREE |= {"tolerance", "cache_dir", "batch_size", "device", "trajectories"}
@@ -63,8 +64,9 @@ class SamplersConfig:
         seed: of the first starting noise; image i uses seed + i
         rewards: what scores the images, as in diffalign data score; the playground has its scorer and
             verifier by default
-        features: a CLIP among the rewards, such as clip=path/to/clip, in whose image features the distance to
-            the converged images is measured; the playground has its scorer by default
+        distances: to the converged images: lpips (or lpips=vgg, lpips=squeeze), and a CLIP among the rewards,
+            such as clip=path/to/clip, in whose features it is measured; the playground has its scorer by
+            default
         reference_steps: most steps of a pipeline's converged solution
         reference_tolerance: its steps are doubled until the latents move by less, relatively
         cache_dir: where converged solutions are kept for other runs; by default
@@ -99,7 +101,7 @@ class SamplersConfig:
     images_per_prompt: int = 1
     seed: int = 0
     rewards: list[RewardSpec | str] | None = None
-    features: str | None = None
+    distances: list[str] | None = None
     reference_steps: int = 400
     reference_tolerance: float = 2e-3
     cache_dir: str | None = None
@@ -131,8 +133,10 @@ class SamplersConfig:
                 f"--reference_steps {self.reference_steps} is no yardstick for {max(self.steps)} steps; "
                 f"give at least {2 * max(self.steps)}"
             )
-        if self.model == MIXTURE and (self.rewards or self.features):
-            raise UserError("--rewards and --features judge images, and the mixture has none: give a --model")
+        if self.model == MIXTURE and (self.rewards or self.distances):
+            raise UserError(
+                "--rewards and --distances judge images, and the mixture has none: give a --model"
+            )
 
 
 def run(config: SamplersConfig) -> "Comparison":
@@ -183,7 +187,7 @@ def _on_pipeline(config: SamplersConfig, out: Path) -> _Found:
     from diffalign.pipelines.generate import denoiser, takes_prompts
     from diffalign.pipelines.load import load_pipeline
 
-    scores, features = _judges(config)
+    scores, distances = _judges(config)
     named = [getattr(torch, name) for name in config.dtypes if name != "auto"]
     best = str(finest(named)).removeprefix("torch.") if named else "auto"
     pipe = load_pipeline(config.model, device=config.device, dtype=best)
@@ -205,7 +209,7 @@ def _on_pipeline(config: SamplersConfig, out: Path) -> _Found:
         reference_steps=config.reference_steps,
         reference_tolerance=config.reference_tolerance,
         scores=scores,
-        features=features,
+        distances=distances,
         folder=out / "rows",
         cache_dir=config.cache_dir or default_cache(),
         batch_size=config.batch_size,
@@ -224,16 +228,16 @@ def _prompts(config: SamplersConfig) -> list[str]:
     return read_prompts(config.prompts, config.prompt_file)
 
 
-def _judges(config: SamplersConfig) -> tuple[dict[str, "Score"], "Features | None"]:
-    """The scores by name, and the features, of the configuration or of the playground."""
-    from diffalign.bench.samplers import clip_features
+def _judges(config: SamplersConfig) -> tuple[dict[str, "Score"], dict[str, "Distance"]]:
+    """The scores and the distances, by name, of the configuration or of the playground."""
+    from diffalign.bench.distances import load_distances
     from diffalign.pipelines.load import PLAYGROUND, choose_device
-    from diffalign.rewards import load_reward, load_rewards, score_images
+    from diffalign.rewards import load_rewards, score_images
 
-    rewards, features = config.rewards, config.features
+    rewards, distances = config.rewards, config.distances
     if config.model.startswith(PLAYGROUND):
         rewards = ["playground/verifier", "playground/scorer"] if rewards is None else rewards
-        features = features or "playground/scorer"
+        distances = ["playground/scorer"] if distances is None else distances
     device = choose_device(config.device)
     scores: dict[str, Score] = {}
     for spec in rewards or []:
@@ -242,10 +246,7 @@ def _judges(config: SamplersConfig) -> tuple[dict[str, "Score"], "Features | Non
             raise UserError(f"--rewards names {name} twice")
         reward = load_rewards([spec], device=device)
         scores[name] = partial(score_images, reward, batch_size=config.batch_size)
-    if features is None:
-        return scores, None
-    name, _, path = features.partition("=")
-    return scores, clip_features(load_reward(name, path or None, device=device))
+    return scores, load_distances(distances or [], device)
 
 
 def _trajectories(
@@ -295,6 +296,7 @@ def _judge(earlier: against.Rows, result: "Comparison", config: SamplersConfig) 
 _METRICS: dict[str, tuple[str, str, bool]] = {
     "error": ("median relative error", "{:.1e}", False),
     "pixel_error": ("mean difference of a pixel, of 255", "{:.2f}", False),
+    "lpips": ("LPIPS to the converged images", "{:.4f}", False),
     "feature_distance": ("distance of the image features", "{:.4f}", False),
 }
 
