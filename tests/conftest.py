@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
+from tqdm import tqdm
+
+# tqdm's own lock is shared by forked processes: one that is killed while it prints would keep it for ever.
+tqdm.set_lock(threading.RLock())
 
 
 def pytest_collection_finish(session):
