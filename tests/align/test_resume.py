@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,6 +49,17 @@ def started_alone(command):
     """The command in a process that knows of no others yet but by its environment."""
     AcceleratorState._reset_state(reset_partial_state=True)
     assert cli.main(command) == 0
+
+
+def run(*command):
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def records(folder):
