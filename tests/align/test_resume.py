@@ -54,7 +54,7 @@ def started_alone(command):
 def run(*command):
     done = subprocess.run(
         [sys.executable, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
