@@ -258,6 +258,13 @@ def levels_of(problem: Problem, lambdas: Tensor) -> list[Level]:
     return [*levels, Level.at(schedule, end)]
 
 
+def step_between(here: Level, there: Level) -> tuple[Tensor, Tensor]:
+    """``(a, b)`` of a step ``a x + b m`` with m the belief of the clean image, 0-d float64; exact for a
+    constant m. :func:`~diffalign.solvers.calibrated.step_scales` is the same for times on the host."""
+    ratio = there.sigma / here.sigma
+    return ratio, there.alpha - ratio * here.alpha
+
+
 def unrolled(
     problem: Problem,
     lambdas: Tensor,
@@ -286,9 +293,8 @@ def unrolled(
             belief = problem.asked(x, asked[k], rows)
         beliefs.append(belief)
         mean = sum(weights[k, j].to(x.dtype) * m for j, m in enumerate(beliefs))
-        ratio = (there.sigma / here.sigma).to(x.dtype)
-        scale = (there.alpha - there.sigma / here.sigma * here.alpha).to(x.dtype)
-        x = ratio * x + scale * mean
+        ratio, scale = step_between(here, there)
+        x = ratio.to(x.dtype) * x + scale.to(x.dtype) * mean
         states.append((x, there))
     return x, states[:-1]
 

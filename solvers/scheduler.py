@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +31,7 @@ from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
 from diffalign.solvers.statistics import Record, Sidecar
 
+logger = logging.get_logger(__name__)
 Array = NDArray[np.float64]
 
 # At alpha = 0 (zero terminal SNR) no data can be read from epsilon. diffusers uses alphas_cumprod = 2^-24
@@ -175,13 +177,26 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler with the options of any diffusers scheduler's config; ``kwargs`` override.
 
+        Options in ``kwargs`` that only other schedulers have are read as if `config` had them, with a
+        warning: a flow scheduler's ``shift`` counts, most others mean nothing here.
+
         Raises:
-            UserError: an option in ``kwargs`` that this class does not have, or a bad value.
+            UserError: an option in ``kwargs`` that no scheduler has, or a bad value.
         """
-        known = list(inspect.signature(cls.__init__).parameters)
+        known = _options(cls)
         unknown = [] if return_unused_kwargs else [option for option in kwargs if option not in known]
         if unknown:
-            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}{suggestion(unknown[0], known)}")
+            elsewhere = {option for other in cls._get_compatibles() for option in _options(other)}
+            for option in unknown:
+                if option not in elsewhere:
+                    raise UserError(f"{cls.__name__} has no option {option!r}{suggestion(option, known)}")
+            foreign = {option: kwargs.pop(option) for option in unknown}
+            config = {**config, **foreign}
+            logger.warning(
+                "%s has no option %s: read as of another scheduler's config, where it may mean nothing",
+                cls.__name__,
+                ", ".join(foreign),
+            )
         if isinstance(config, Mapping):
             config = cls._translated(dict(config))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -561,6 +576,10 @@ def _beside(folder: Any, subfolder: str | None, name: str, hub: dict[str, Any]) 
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(folder), name, subfolder=subfolder, **hub))
+
+
+def _options(cls: type) -> list[str]:
+    return list(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc]
 
 
 def _positive_int(value: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.solvers.calibrated import Table
-from diffalign.solvers.fitting import Problem, Truth, lambdas_of, levels_of
+from diffalign.solvers.fitting import Problem, Truth, lambdas_of, levels_of, step_between
 from diffalign.solvers.plan import working_dtype
 from diffalign.solvers.scheduler import Array
 
@@ -40,8 +40,7 @@ def stepwise(problem: Problem, truth: Truth, times: Array, *, window: int = 3) -
     for k in range(len(times)):
         here, there = levels[k], levels[k + 1]
         beliefs.append(problem.asked(x, here, rows))
-        ratio = float(there.sigma / here.sigma)
-        scale = float(there.alpha - there.sigma / here.sigma * here.alpha)
+        ratio, scale = (float(v) for v in step_between(here, there))
         last = k + 1 == len(times)
         goal = known.end if last else known.state(there.lambda_) * float(there.sigma)
         older = list(range(max(0, k - window + 1), k))

@@ -69,6 +69,7 @@ _FREE = ("output_dir", "overwrite", "problems", "mixture_guidance", "guidance", 
 #: The contest of the uncalibrated: the share of the test noises that they have been tried on, and how many of
 #: the best, by mean and by 90th percentile each, go on.
 _ROUNDS = ((1 / 16, 16), (1 / 4, 5), (1.0, 1))
+_LEAST = 16  # noises in the first round: with fewer, the best would be thrown out by chance
 
 
 @dataclass(frozen=True)
@@ -402,11 +403,9 @@ def contest(
     found: dict[str, np.ndarray] = {name: np.empty(0) for name in builders}
     done = tried = 0
     for share, stay in _ROUNDS:
-        rows = slice(done, math.ceil(share * len(problem.noise)))
-        if rows.stop == done:
-            continue
+        rows = slice(done, min(max(math.ceil(share * len(problem.noise)), _LEAST), len(problem.noise)))
         part = problem.part(rows)
-        for name in list(found):
+        for name in list(found) if rows.stop > done else ():
             errors = errors_of(part, end[rows], builders[name], steps, kind, mu)
             if errors is None:
                 del found[name]

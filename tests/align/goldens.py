@@ -23,11 +23,11 @@ def load(file: str, case: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def close(actual, wanted, dtype, msg=""):
+def assert_golden(actual, wanted, dtype, msg=""):
     torch.testing.assert_close(actual, wanted, **VALUE_TOLERANCE[dtype], msg=lambda m: f"{msg}: {m}")
 
 
-def gradient_close(actual, wanted, dtype):
+def assert_golden_gradient(actual, wanted, dtype):
     assert (actual - wanted).abs().max() <= GRADIENT_TOLERANCE[dtype] * wanted.abs().max()
 
 

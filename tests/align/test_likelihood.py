@@ -10,7 +10,7 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors, Noised, add_noise, denoising_error, error_weight, evaluate
 from diffalign.solvers.noise import NoiseSchedule
-from tests.align.goldens import DTYPES, close, gradient_close, load
+from tests.align.goldens import DTYPES, assert_golden, assert_golden_gradient, load
 
 SD = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 FLOW = NoiseSchedule.flow(1000)
@@ -27,14 +27,14 @@ def test_diffusion_dpo_on_published_predictions(case, dtype):
     policy = data["in/policy_pred"].requires_grad_()
     noised = Noised(torch.zeros_like(policy), data["in/target"], torch.zeros(4))
     errors = evaluate(predictions_as_denoiser(policy, data["in/ref_pred"]), noised, {})
-    close(errors.policy, data["out/model_losses"], dtype)
-    close(errors.reference, data["out/ref_losses"], dtype)
+    assert_golden(errors.policy, data["out/model_losses"], dtype)
+    assert_golden(errors.reference, data["out/ref_losses"], dtype)
     chosen, rejected = errors.log_ratio().chunk(2)
-    close(data["in/beta"] * (chosen - rejected), data["out/inside_term"], dtype)
+    assert_golden(data["in/beta"] * (chosen - rejected), data["out/inside_term"], dtype)
     loss = losses.sigmoid(chosen, rejected, data["in/beta"]).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
-    gradient_close(policy.grad, data["grad/policy_pred"], dtype)
+    assert_golden_gradient(policy.grad, data["grad/policy_pred"], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,9 +42,9 @@ def test_supervised_error(dtype):
     data = load("diffusion_dpo", f"sft.{dtype}")
     policy = data["in/policy_pred"].requires_grad_()
     loss = denoising_error(policy, data["in/target"]).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
-    gradient_close(policy.grad, data["grad/policy_pred"], dtype)
+    assert_golden_gradient(policy.grad, data["grad/policy_pred"], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,17 +60,17 @@ def test_lora_script_variants(name, fn, kind, dtype):
     order = torch.argsort(data["in/alphas_cumprod_at_t"], descending=True, stable=True)
     t = torch.argsort(order, stable=True)  # row -> index of its own noise level in this schedule
     noised = add_noise(schedule, kind, data["in/latents"], data["in/noise"], t)
-    close(noised.x_t, data["out/noisy"], dtype)
-    close(noised.target, data["out/target"], dtype)
+    assert_golden(noised.x_t, data["out/noisy"], dtype)
+    assert_golden(noised.target, data["out/target"], dtype)
     policy = data["in/policy_pred"].requires_grad_()
     errors = evaluate(predictions_as_denoiser(policy, data["in/ref_pred"]), noised, {})
     # That script's logit has no half: its log-ratio is twice ours.
     chosen, rejected = (2 * errors.log_ratio()).chunk(2)
-    close(chosen - rejected, data["out/logits"], dtype)
+    assert_golden(chosen - rejected, data["out/logits"], dtype)
     loss = fn(chosen, rejected, data["in/beta"]).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
-    gradient_close(policy.grad, data["grad/policy_pred"], dtype)
+    assert_golden_gradient(policy.grad, data["grad/policy_pred"], dtype)
 
 
 def toy_denoiser(data, kind):
@@ -114,10 +114,10 @@ def test_end_to_end_down_to_the_weights(kind, captions, dtype):
     slack = {"rtol": 1e-9, "atol": 1e-12} if dtype == "float64" else {"rtol": 2e-4, "atol": 1e-4}
     logit = data["in/beta"] * (chosen - rejected)
     torch.testing.assert_close(logit, data["out/inside_term"], **slack)
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
     for weight, name in zip(weights, "WU", strict=True):
-        gradient_close(weight.grad, data[f"grad/{name}_policy"], dtype)
+        assert_golden_gradient(weight.grad, data[f"grad/{name}_policy"], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.likelihood import denoising_error
 from diffalign.losses import LOSSES, get_loss
-from tests.align.goldens import DTYPES, GRADIENT_TOLERANCE, close, gradient_close, load
+from tests.align.goldens import DTYPES, GRADIENT_TOLERANCE, assert_golden, assert_golden_gradient, load
 
 # case of the goldens -> (function, its options)
 SCALAR_CASES = {
@@ -64,7 +64,7 @@ def test_published_values_and_gradients(case, dtype):
     # The published SPPO is in units of the log-ratio; ours is beta^2 times it.
     scale = beta.square() if fn is losses.sppo else 1.0
     per_pair = fn(chosen, rejected, beta, **options)
-    close(per_pair, scale * data["out/per_pair"], dtype, case)
+    assert_golden(per_pair, scale * data["out/per_pair"], dtype, case)
     per_pair.mean().backward()
     for p, side in zip(policy, "wl", strict=True):
         wanted = scale * data[f"grad/policy_{side}"]
@@ -153,11 +153,11 @@ def test_published_values_of_losses_with_more_inputs(case, dtype):
     policy = {k: v.requires_grad_() for k, v in data.items() if k.startswith("in/policy")}
     per_item = FORMULA_CASES[case](data)
     wanted = next(data[k] for k in ("out/per_pair", "out/per_sample", "out/per_list") if k in data)
-    close(per_item, wanted, dtype, case)
+    assert_golden(per_item, wanted, dtype, case)
     scale = float(data["out/loss"] / wanted.mean())
     (scale * per_item.mean()).backward()
     for name, tensor in policy.items():
-        gradient_close(tensor.grad, data[name.replace("in/", "grad/")], dtype)
+        assert_golden_gradient(tensor.grad, data[name.replace("in/", "grad/")], dtype)
 
 
 def _errors(data, side=""):
@@ -202,9 +202,9 @@ def test_diffusion_kto(utility, offset, dtype):
         weight_bad=float(data["in/lambda_u"]),
         utility=utility,
     )
-    close(per_row, data["out/per_sample"], dtype)
+    assert_golden(per_row, data["out/per_sample"], dtype)
     per_row.mean().backward()
-    gradient_close(prediction.grad, data["grad/policy_pred"], dtype)
+    assert_golden_gradient(prediction.grad, data["grad/policy_pred"], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,10 +217,10 @@ def test_seppo(case, dtype):
         policy, reference = _errors(data, f"_{side}")
         ratios.append(-0.5 * (policy - reference))
     loss = losses.seppo(*ratios, data["in/beta"]).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
     for prediction, side in zip(predictions, "wr", strict=True):
-        gradient_close(prediction.grad, data[f"grad/policy_pred_{side}"], dtype)
+        assert_golden_gradient(prediction.grad, data[f"grad/policy_pred_{side}"], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,10 +239,10 @@ def test_ddo(case, dtype):
         ratios.append(-0.5 * (errors[0] - errors[1]))
     # Published without the half.
     loss = losses.ddo(*ratios, 2 * data["in/beta"], fake_weight=float(data["in/alpha"])).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
     for side in ("data", "fake"):
-        gradient_close(data[f"in/policy_pred_{side}"].grad, data[f"grad/policy_pred_{side}"], dtype)
+        assert_golden_gradient(data[f"in/policy_pred_{side}"].grad, data[f"grad/policy_pred_{side}"], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -260,7 +260,7 @@ def test_winner_preserving_scale(variant, dtype):
     rejected = losses.scale_gradient(rejected, scale)
     ratios = [-0.5 * (p - r) for p, r in zip((chosen, rejected), reference.chunk(2), strict=True)]
     logit = beta * (ratios[0] - ratios[1])
-    close(logit, data["out/inside_term"], dtype)
+    assert_golden(logit, data["out/inside_term"], dtype)
     if variant == "dspo":
         shift = (prediction - data["in/ref_pred"]).chunk(2)[0]
         loss = losses.dspo_residual(residual.chunk(2)[0], shift, logit, beta).square().mean()
@@ -268,7 +268,7 @@ def test_winner_preserving_scale(variant, dtype):
         loss = losses.dmpo(*ratios, beta, label_smoothing=float(data["in/dmpo_alpha"])).mean()
     else:
         loss = losses.sigmoid(*ratios, beta).mean()
-    close(loss, data["out/loss"], dtype)
+    assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
     wanted = data["grad/policy_pred"]
     assert (prediction.grad - wanted).abs().max() <= max(1e-6, GRADIENT_TOLERANCE[dtype]) * wanted.abs().max()
@@ -279,10 +279,10 @@ def test_alpha_divergence_and_simpo_match_the_published_formulas(dtype):
     data = load("preference_scalar", f"alpha_dpo_diffusion.{dtype}")
     margin = (data["in/policy_w"] - data["in/ref_w"]) - (data["in/policy_l"] - data["in/ref_l"])
     log_u = torch.nn.functional.logsigmoid(data["in/beta"] * margin)
-    close(losses.alpha_divergence(log_u, data["in/a"]), data["out/per_pair"], dtype)
+    assert_golden(losses.alpha_divergence(log_u, data["in/a"]), data["out/per_pair"], dtype)
     data = load("preference_scalar", f"cpo_simpo_ls0.0_alpha0.0.{dtype}")
     ours = losses.simpo(data["in/policy_w"], data["in/policy_l"], data["in/beta"], gamma=data["in/gamma"])
-    close(ours, data["out/per_pair"], dtype)
+    assert_golden(ours, data["out/per_pair"], dtype)
 
 
 def extras(name, count):

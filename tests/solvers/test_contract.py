@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import math
 
 import diffusers
@@ -152,6 +153,18 @@ def test_misspelt_options_are_refused_and_those_of_a_pipeline_overlooked(cls, tm
     made, unused = cls.from_pretrained(tmp_path, return_unused_kwargs=True, grid="karras", other=1)
     assert made.config.grid == "karras"
     assert unused["other"] == 1
+
+
+def test_options_of_other_schedulers_are_read_as_of_their_configs(cls, caplog):
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    logger = logging.getLogger("diffalign.solvers.scheduler")
+    logger.addHandler(caplog.handler)
+    try:
+        made = cls.from_config(flow, shift=3.0, invert_sigmas=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert made.schedule.shift == 3.0
+    assert f"{cls.__name__} has no option shift, invert_sigmas" in caplog.text
 
 
 def test_unknown_solver_names_the_known():
