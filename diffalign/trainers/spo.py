@@ -13,6 +13,9 @@ than a threshold in probability: ``tanh((s_best - s_worst) / 2) > threshold``.
 
 For SDXL each candidate takes some ordinary steps of its own before it is judged; those are learnt from as
 well, with a state of each member.
+
+The network's answer at x is the mean of all candidates, so comparing all of them, not the best and the worst
+alone, costs no further evaluation in training.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +34,7 @@ from diffalign.pipelines.branches import Branches, branched_rollout
 from diffalign.rewards import Reward
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.d3po import PairItemConfig, PairItemTrainer
+from diffalign.trainers.groups import COMPARISONS
 from diffalign.trainers.online import Item, Rows, reward_metrics
 
 logger = logging.getLogger(__name__)
@@ -47,7 +51,8 @@ class SPOConfig(PairItemConfig):
         candidates: next states that are drawn from one state and compared.
         branch_from: the first step that draws candidates, counted from 0.
         inner_steps: ordinary steps of each candidate before it is judged.
-        threshold: a pair is kept if best and worst, as two choices, differ by more than this in probability.
+        threshold: a pair is kept if its scores, as two choices, differ by more than this in probability.
+        compare: best_worst, as published, or all pairs of candidates, at the same price in training.
         images_per_prompt: trajectories of each prompt.
         sample_batch_size: images per network call while sampling, the candidates of a trajectory together.
     """
@@ -59,6 +64,7 @@ class SPOConfig(PairItemConfig):
     branch_from: int = 4
     inner_steps: int = 0
     threshold: float = 0.3
+    compare: Literal["best_worst", "all"] = "best_worst"
 
     def check(self) -> None:
         super().check()
@@ -67,6 +73,7 @@ class SPOConfig(PairItemConfig):
         self._need("branch_from", 0 <= self.branch_from < steps, f"a step, 0 to {steps - 1}")
         self._need("inner_steps", self.inner_steps >= 0, "0 or more")
         self._need("threshold", 0 <= self.threshold < 1, "at least 0 and below 1")
+        self._need("compare", self.compare in ("best_worst", "all"), "best_worst or all")
         if self.aggregate == "pareto":
             raise UserError("SPO takes best and worst by one score: aggregate must be sum, wco or uwo")
 
@@ -76,8 +83,13 @@ def best_and_worst(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Which of the last axis of ``scores (..., k)`` are best and worst, and whether they differ by more than
     ``threshold`` in probability; each ``(...)``."""
-    best, worst = scores.argmax(-1), scores.argmin(-1)
-    return best, worst, np.tanh(np.ptp(scores, axis=-1) / 2) > threshold
+    return scores.argmax(-1), scores.argmin(-1), differ(np.ptp(scores, axis=-1), threshold)
+
+
+def differ(gap: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Whether two scores with this ``gap``, as logits of two choices, differ by more than ``threshold`` in
+    probability."""
+    return np.tanh(gap / 2) > threshold
 
 
 class SPOTrainer(PairItemTrainer[SPOConfig]):
@@ -135,18 +147,25 @@ class SPOTrainer(PairItemTrainer[SPOConfig]):
 
     def items(self, index: np.ndarray, rewards: np.ndarray, numbers: np.random.Generator) -> list[Item]:
         branches, trained = self.branches, set(self.steps.tolist())
-        best, worst, kept = best_and_worst(rewards.sum(-1), self.config.threshold)
+        scores = rewards.sum(-1)
         found = []
-        for prompt, image, segment in np.argwhere(kept):
-            members = best[prompt, image, segment], worst[prompt, image, segment]
+        for prompt, image, segment in np.ndindex(scores.shape[:-1]):
+            pairs = self._pairs(scores[prompt, image, segment])
+            members = list(dict.fromkeys(member for pair in pairs for member in pair))
+            placed = tuple((members.index(w), members.index(l)) for w, l in pairs)  # noqa: E741
             own = index[prompt, image]
             before: tuple[int, ...] = (int(own[branches.origin(segment)]),)  # both members'
             for step in branches.segments[segment]:
                 after = tuple(int(own[branches.after(segment, step, member)]) for member in members)
-                if step in trained:
-                    found.append(Item(step, int(prompt), before, after, pairs=((0, 1),)))
+                if step in trained and pairs:
+                    found.append(Item(step, prompt, before, after, placed))
                 before = after
         return found
+
+    def _pairs(self, scores: NDArray[np.float64]) -> list[tuple[int, int]]:
+        """Winners and losers among the candidates of one state, whose ``scores (k,)`` differ by enough."""
+        found = COMPARISONS[self.config.compare](scores, None)
+        return [(w, l) for w, l in found if differ(scores[w] - scores[l], self.config.threshold)]  # noqa: E741
 
     def round_metrics(self, rewards: np.ndarray) -> dict[str, float]:
         """Rewards of the finished images, and the share of branchings that gave a pair."""

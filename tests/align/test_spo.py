@@ -287,6 +287,27 @@ def test_items_are_best_and_worst_of_their_segment(spo, inner_steps):
         assert before == tuple(length + branches.after(1, item.step, c) for c in (1, 2))
 
 
+@pytest.mark.parametrize("inner_steps", [0, 1])
+def test_all_candidates_can_be_compared_on_one_evaluation_of_their_state(spo, inner_steps):
+    trainer = spo(max_train_steps=1, inner_steps=inner_steps, compare="all")
+    trainer.train()
+    trainer.config.threshold = 0.3
+    branches, length = trainer.branches, len(trainer.branches)
+    rewards = np.zeros((1, 1, len(branches.starts), 3, 1))
+    rewards[0, 0, 0] = [[0.0], [3.0], [0.25]]  # the first and the last are too close
+    items = trainer.items(np.arange(length).reshape(1, 1, length), rewards, None)
+    assert [item.step for item in items] == [s for s in branches.segments[0] if trainer.transition.std[s] > 0]
+    for item in items:
+        members = [branches.after(0, item.step, c) for c in range(3)]
+        won = {(item.after[w], item.after[l]) for w, l in item.pairs}  # noqa: E741
+        assert won == {(members[1], members[0]), (members[1], members[2])}
+    rows = []
+    handle = trainer.adapter.module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    trainer.item_losses(Members(trainer, trainer.round, items[:1]))
+    handle.remove()
+    assert rows == [2, 2]  # policy and reference, both branches of guidance
+
+
 def test_a_trajectory_of_twenty_steps_gives_sixteen_pairs_as_published(spo):
     options = {"sample_steps": 20, "branch_from": 4, "prompts_per_round": 1, "max_train_steps": 1}
     published = spo(sample_end=0.0, candidates=2, **options)
