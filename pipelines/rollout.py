@@ -1,5 +1,5 @@
-"""Sample with a stochastic sampler and keep every state that the network saw: what on-policy methods learn
-from."""
+"""Sample with a stochastic sampler and keep every state that the network saw, or with any scheduler and keep
+the images: what on-policy methods learn from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffalign.likelihood import LAWS, Transition
 from diffalign.models.base import EmptyCaption, ModelAdapter
 from diffalign.pipelines.guidance import Guidance, dynamic_shift
 from diffalign.solvers.ddim import DDIMScheduler
+from diffalign.solvers.sampling import sample
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -196,6 +197,52 @@ def rollout(
         if keep_means:
             means.append(torch.stack(expected, 1).cpu())
     return torch.cat(states), torch.cat(means) if keep_means else None
+
+
+@torch.no_grad()
+def finished(
+    adapter: ModelAdapter,
+    scheduler: Any,
+    guidance: Guidance,
+    prompts: Sequence[int],
+    *,
+    shape: Sequence[int],
+    start_seeds: Sequence[int],
+    seeds: Sequence[int],
+    batch_size: int = 8,
+    after_step: Callable[[], object] = lambda: None,
+    **grid: Any,
+) -> Tensor:
+    """The latents at which any diffusers-like scheduler ends, one image per row.
+
+    Args:
+        scheduler: a row depends on its seeds alone if the scheduler has no noise, or draws it with the
+            generators that ``step`` is given, as all of :data:`diffalign.solvers.SOLVERS` do.
+        grid: ``num_inference_steps`` or ``timesteps``, and ``mu``, as of
+            :func:`~diffalign.solvers.sampling.sample`.
+        adapter, guidance, prompts, shape, start_seeds, seeds, batch_size, after_step: as in :func:`rollout`,
+            whose starting noise is the same.
+
+    Returns:
+        ``(rows, ...)`` in host memory, in the network's precision.
+    """
+    found = []
+    for first in range(0, len(prompts), batch_size):
+        batch = slice(first, first + batch_size)
+
+        def network(x: Tensor, t: Tensor, rows: Sequence[int] = prompts[batch]) -> Tensor:
+            return guidance.predict(adapter, x, t.to(x.device).expand(len(x)), rows)
+
+        latents = sample(
+            network,
+            RowNoise(start_seeds[batch], shape, adapter.device).draw(),
+            scheduler,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
+            callback=lambda *_: after_step(),
+            **grid,
+        )
+        found.append(latents.to("cpu", adapter.dtype))
+    return torch.cat(found)
 
 
 @torch.no_grad()

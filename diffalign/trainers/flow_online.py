@@ -1,8 +1,9 @@
 """Flow-DPO and Flow-RWR (Liu et al. 2025) on the model's own samples.
 
 A round samples a group of images of each prompt and has them judged. What is learnt from are the *finished*
-images, by their denoising error: Flow-DPO takes the best against the worst of each group, Flow-RWR all of
-them, weighted by reward. Each is seen ``inner_epochs`` times, under fresh noise and at another time.
+images, by their denoising error: Flow-DPO takes pairs of each group, as published the best against the
+worst, Flow-RWR all of them, weighted by reward. Each is seen ``inner_epochs`` times, under fresh noise and at
+another time, and again with the rounds that follow if they keep it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,14 +21,18 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors, add_noise, error_weight, evaluate
-from diffalign.losses import sigmoid
+from diffalign.losses import sft, sigmoid
 from diffalign.models import ModelAdapter
+from diffalign.pipelines.guidance import dynamic_shift
+from diffalign.pipelines.load import make_scheduler
+from diffalign.pipelines.rollout import finished
+from diffalign.solvers import SOLVERS
 from diffalign.trainers import checkpoint, draws
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.flow_dpo import WEIGHTING_OF, needs_flow
 from diffalign.trainers.flow_rwr import REWARD_WEIGHTS, reward_weights
-from diffalign.trainers.groups import best_and_worst
-from diffalign.trainers.online import Item, OnlineConfig, OnlineTrainer, Rows, reward_metrics
+from diffalign.trainers.groups import COMPARISONS
+from diffalign.trainers.online import Item, OnlineConfig, OnlineTrainer, Round, Rows, reward_metrics
 
 REFERENCE = "reference"  # folder of the refreshed reference, in the output folder and in checkpoints
 
@@ -39,6 +44,14 @@ class OwnImagesConfig(OnlineConfig):
     """Options of a method that learns from its own finished images.
 
     Args:
+        sample_solver: what draws the images: a sampler by its name in diffalign.solvers.SOLVERS, such as
+            dpm-solver++, instead of the scheduler's grid in first-order steps (ddim with eta 0, which is
+            Euler on a flow, as published). Take it where few steps must do: its images are better, and it
+            is what the model will be sampled with.
+        sample_solver_options: of that sampler, such as {algorithm_type: sde-dpmsolver++}.
+        replay_rounds: items of so many earlier rounds stay in the pool that a round goes through, so an image
+            that was paid for once is learnt from again. Their latents stay in host memory, of every process,
+            and in checkpoints: prompts_per_round * images_per_prompt of each round.
         timestep_sampling: how times are drawn: uniform, or logit_normal (Esser et al. 2024), shifted as the
             model's scheduler does.
         logit_mean: of logit_normal; above 0 prefers the noisy end.
@@ -52,6 +65,9 @@ class OwnImagesConfig(OnlineConfig):
     sample_guidance: float = 4.5
     transition_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
     inner_epochs: int = 39
+    sample_solver: str | None = None
+    sample_solver_options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    replay_rounds: int = 0
     timestep_sampling: draws.TimeSampling = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -60,6 +76,8 @@ class OwnImagesConfig(OnlineConfig):
         super().check()
         self._need("images_per_prompt", self.images_per_prompt >= 2, "at least 2: they are compared")
         self._need("logit_std", self.logit_std > 0, "above 0")
+        self._need("replay_rounds", self.replay_rounds >= 0, "0 or more")
+        self._check_solver()
         if self.trained_steps != 1 or self.step_weight != "none":
             raise UserError(
                 "trained_steps and step_weight are for methods that learn from trajectories; this one learns "
@@ -67,6 +85,18 @@ class OwnImagesConfig(OnlineConfig):
             )
         if self.aggregate == "pareto":
             raise UserError("images are ranked by one score: aggregate must be sum, wco or uwo")
+
+    def _check_solver(self) -> None:
+        if self.sample_solver is None:
+            self._need("sample_solver_options", not self.sample_solver_options, "empty without sample_solver")
+            return
+        self._need("sample_solver", self.sample_solver in SOLVERS, f"one of {', '.join(SOLVERS)}")
+        own = (self.transition, self.transition_options, self.sample_spacing, self.sample_end)
+        if own != ("ddim", {"eta": 0.0}, None, None):
+            raise UserError(
+                "transition, transition_options, sample_spacing and sample_end are of the sampler that "
+                "sample_solver takes the place of; give sample_solver_options, such as timestep_spacing"
+            )
 
 
 class OwnImagesTrainer(OnlineTrainer[W]):
@@ -93,10 +123,50 @@ class OwnImagesTrainer(OnlineTrainer[W]):
             )
         return adapter
 
+    def prepare(self) -> None:
+        super().prepare()
+        config, adapter = self.config, self.adapter
+        self.solver: Any = None
+        if config.sample_solver is not None:
+            self.solver = make_scheduler(
+                config.sample_solver, adapter.pipeline.scheduler.config, **config.sample_solver_options
+            )
+            self._grid = (
+                {"timesteps": config.sample_timesteps}
+                if config.sample_timesteps
+                else {
+                    "num_inference_steps": config.sample_steps,
+                    "mu": dynamic_shift(adapter, resolution=config.resolution),
+                }
+            )
+
     def sample_rows(self, rows: Rows, after_step: Callable[[], object]) -> tuple[Tensor, None, Tensor]:
         """Finished latents ``(rows, 1, ...)`` and rewards ``(rows, R)``."""
-        states, _, rewards = super().sample_rows(rows, after_step)
-        return states[:, -1:].clone(), None, rewards
+        if self.solver is None:
+            states, _, rewards = super().sample_rows(rows, after_step)
+            return states[:, -1:].clone(), None, rewards
+        latents = finished(
+            self.adapter,
+            self.solver,
+            self.guidance,
+            rows.prompts,
+            shape=self.adapter.latent_shape(self.config.resolution),
+            start_seeds=rows.start_seeds,
+            seeds=rows.seeds,
+            batch_size=self.rows_per_call,
+            after_step=after_step,
+            **self._grid,
+        )
+        return latents[:, None], None, self.judged(latents, rows.texts)
+
+    def _new_round(self, step: int) -> Round:
+        earlier, current = self.round, super()._new_round(step)
+        if earlier is None or not self.config.replay_rounds:
+            return current
+        current = joined(earlier, current, self.config.replay_rounds)
+        # All at once, as where a run is resumed: in other batches the last bits differ.
+        self.encode_prompts(current.prompts)
+        return current
 
     def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:
         config, adapter, current = self.config, self.adapter, self.round
@@ -126,14 +196,39 @@ class OwnImagesTrainer(OnlineTrainer[W]):
         return losses, torch.stack([m.detach().float().sum() for m in metrics.values()])
 
 
+def joined(earlier: Round, new: Round, rounds: int) -> Round:
+    """The new round with the items of the last ``rounds`` rounds that ``earlier`` holds, theirs first; all
+    rounds have as many prompts and states as the new one."""
+    kept = min(rounds * len(new.prompts), len(earlier.prompts))
+    skipped = len(earlier.prompts) - kept
+    each = len(new.states) // len(new.prompts)
+
+    def moved(item: Item, by: int) -> Item:
+        return item._replace(prompt=item.prompt + by, x=tuple(place + by * each for place in item.x))
+
+    items = [moved(item, -skipped) for item in earlier.items if item.prompt >= skipped]
+    return replace(
+        new,
+        prompts=earlier.prompts[skipped:] + new.prompts,
+        states=torch.cat([earlier.states[skipped * each :], new.states]),
+        items=items + [moved(item, kept) for item in new.items],
+    )
+
+
 # -------------------------------------------------------------------- Flow-DPO
 
 
 @dataclass(kw_only=True)
 class FlowDPOOnlineConfig(OwnImagesConfig):
-    """Flow-DPO online: align a flow model on the best and worst of its own samples.
+    """Flow-DPO online: align a flow model on better and worse ones of its own samples.
 
     Args:
+        compare: which images of a prompt are pairs: best_worst, as published; matched, also the second best
+            with the second worst and so on while they differ, which of a yes/no reward makes all pairs
+            without a common image; or all that differ. The last two get more out of the same images.
+        sft_weight: adds so many times the denoising error of the winner, in units of beta/2: 1 pulls as hard
+            as an unsure pair pushes. A guard against winners that get less likely together with the losers,
+            as they do at high rates.
         beta_dpo: how strongly the model is held to its reference, for mean errors.
         beta_schedule: how beta depends on the noise s: constant, or one_minus_s_squared, beta (1 - s)^2.
         refresh_steps: every so many optimiser steps the model as it is becomes the reference; 0 keeps the
@@ -142,6 +237,8 @@ class FlowDPOOnlineConfig(OwnImagesConfig):
             beating the second, as published code does.
     """
 
+    compare: Literal["best_worst", "matched", "all"] = "best_worst"
+    sft_weight: float = 0.0
     beta_dpo: float = 100.0
     beta_schedule: Literal["constant", "one_minus_s_squared"] = "constant"
     refresh_steps: int = 40
@@ -149,6 +246,9 @@ class FlowDPOOnlineConfig(OwnImagesConfig):
 
     def check(self) -> None:
         super().check()
+        kinds = ("best_worst", "matched", "all")
+        self._need("compare", self.compare in kinds, f"one of {', '.join(kinds)}")
+        self._need("sft_weight", self.sft_weight >= 0, "0 or more")
         self._need("beta_dpo", self.beta_dpo > 0, "above 0")
         self._need("beta_schedule", self.beta_schedule in WEIGHTING_OF, f"one of {', '.join(WEIGHTING_OF)}")
         self._need("refresh_steps", self.refresh_steps >= 0, "0 or more")
@@ -168,11 +268,12 @@ class FlowDPOOnlineTrainer(OwnImagesTrainer[FlowDPOOnlineConfig]):
         return needs_flow(super()._load_model(), self.method, "d3po")
 
     def items(self, index: np.ndarray, rewards: np.ndarray, numbers: np.random.Generator) -> list[Item]:
+        pairs_of = COMPARISONS[self.config.compare]
         otherwise = [(0, 1)] if self.config.equal_groups == "first_two" else []
         return [
             Item(0, prompt, (int(index[prompt, w, 0]), int(index[prompt, l, 0])), ())
-            for prompt, group in enumerate(rewards)
-            for w, l in best_and_worst(group) or otherwise  # noqa: E741
+            for prompt, group in enumerate(rewards.sum(2))
+            for w, l in pairs_of(group, None) or otherwise  # noqa: E741
         ]
 
     def image_losses(self, errors: Errors, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,7 +281,10 @@ class FlowDPOOnlineTrainer(OwnImagesTrainer[FlowDPOOnlineConfig]):
         chosen, rejected = errors.log_ratio().chunk(2)
         rewards = beta * torch.stack([chosen, rejected]).detach()
         margin = rewards[0] - rewards[1]
-        return sigmoid(chosen, rejected, beta), {
+        losses = sigmoid(chosen, rejected, beta)
+        if self.config.sft_weight:
+            losses = losses + self.config.sft_weight * sft(*(-0.5 * errors.policy).chunk(2), beta)
+        return losses, {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
             "rewards/margins": margin,

@@ -35,6 +35,15 @@ def best_and_worst(rewards: Array, _: np.random.Generator | None = None) -> list
     return [(best, worst)] if total[best] > total[worst] else []
 
 
+def matched(rewards: Array, _: np.random.Generator | None = None) -> list[Pair]:
+    """The best against the worst by the sum of rewards, the second best against the second worst, and so on
+    while they differ: no image is in two pairs. Of yes/no rewards, as many pairs as there can be."""
+    total = rewards.reshape(len(rewards), -1).sum(1)
+    half = len(total) // 2
+    best, worst = np.argsort(-total, kind="stable")[:half], np.argsort(total, kind="stable")[:half]
+    return [(int(w), int(l)) for w, l in zip(best, worst, strict=True) if total[w] > total[l]]  # noqa: E741
+
+
 def random_reward(rewards: Array, numbers: np.random.Generator | None = None) -> list[Pair]:
     """The first two by one reward drawn at random, the second winning ties: PSO's published Turbo script."""
     rows = rewards.reshape(len(rewards), -1)
@@ -46,6 +55,7 @@ def random_reward(rewards: Array, numbers: np.random.Generator | None = None) ->
 COMPARISONS: dict[str, Callable[[Array, np.random.Generator | None], list[Pair]]] = {
     "all": all_pairs,
     "best_worst": best_and_worst,
+    "matched": matched,
     "random_reward": random_reward,
 }
 

@@ -261,6 +261,12 @@ class OnlineTrainer(Trainer[O]):
             None if means is None else means.flatten(0, 1),
         )
 
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Make ``prompts`` those that items name by their numbers."""
+        self.adapter.encoders_to(self.accelerator.device)
+        self.guidance = self._guidance(prompts)
+        self.adapter.encoders_to("cpu")
+
     def _guidance(self, prompts: Sequence[str]) -> Guidance:
         config = self.config
         return guidance_for(
@@ -419,9 +425,7 @@ class OnlineTrainer(Trainer[O]):
         self.round = Round(
             **{**self._kept, "items": items}, states=tensors["states"], means=tensors.get("means")
         )
-        self.adapter.encoders_to(self.accelerator.device)
-        self.guidance = self._guidance(self.round.prompts)
-        self.adapter.encoders_to("cpu")
+        self.encode_prompts(self.round.prompts)
 
 
 class Members:

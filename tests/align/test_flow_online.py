@@ -3,15 +3,19 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from diffalign.errors import UserError
+from diffalign.likelihood import Errors
 from diffalign.losses import sigmoid
+from diffalign.pipelines.generate import generate
+from diffalign.pipelines.load import make_scheduler
 from diffalign.pipelines.rollout import RowNoise
-from diffalign.trainers import draws
+from diffalign.trainers import FlowDPOConfig, FlowDPOTrainer, draws
 from diffalign.trainers.flow_online import (
     REFERENCE,
     FlowDPOOnlineConfig,
@@ -21,6 +25,7 @@ from diffalign.trainers.flow_online import (
 )
 from diffalign.trainers.flow_rwr import reward_weights
 from tests.align.families import build
+from tests.align.test_distributed import processes
 
 PROMPTS = [f"picture {i}" for i in range(4)]
 METHODS = {
@@ -98,6 +103,81 @@ def test_a_round_holds_what_the_pipeline_would_have_drawn(online):
     torch.testing.assert_close(states, drawn.images, rtol=1e-4, atol=1e-5)
 
 
+SDE = {"sample_solver": "dpm-solver++", "sample_solver_options": {"algorithm_type": "sde-dpmsolver++"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "solver", "options"),
+    [
+        ("dpo", "sd3", "dpm-solver++", {"solver_order": 3}),
+        ("dpo", "sd3", "unipc", {}),
+        ("rwr", "sd", "dpm-solver++", {"timestep_spacing": "trailing"}),
+    ],
+)
+def test_a_solver_draws_what_the_pipeline_draws_with_it(method, model, solver, options, online):
+    run = online(
+        method,
+        model=model,
+        max_train_steps=1,
+        learning_rate=0.0,
+        resolution=8,
+        sample_solver=solver,
+        sample_solver_options=options,
+    )
+    run.train()
+    pipe = build(model)
+    drawn = generate(
+        pipe,
+        [text for text in run.round.prompts for _ in range(3)],
+        [draws.number(0, "start", 0, p, k) for p in range(4) for k in range(3)],
+        steps=4,
+        guidance=2.0,
+        scheduler=make_scheduler(solver, pipe.scheduler.config, **options),
+        height=8,
+        width=8,
+    )
+    torch.testing.assert_close(run.round.states, drawn.latents, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{}, {"sample_timesteps": [900.0, 700.0, 300.0]}])
+def test_ddim_without_noise_is_the_default(given, online):
+    default, named = (
+        online(name=name, max_train_steps=1, learning_rate=0.0, sample_solver=solver, **given)
+        for name, solver in (("default", None), ("named", "ddim"))
+    )
+    default.train()
+    named.train()
+    torch.testing.assert_close(named.round.states, default.round.states, rtol=1e-4, atol=1e-5)
+    assert log(named)[0]["evaluations"] == log(default)[0]["evaluations"]
+
+
+def test_rows_of_a_solver_with_noise_depend_on_their_seeds_alone(online):
+    options = {"max_train_steps": 1, "same_start": True, "equal_groups": "first_two", **SDE}
+    together = online(name="together", **options)
+    apart = online(name="apart", sample_batch_size=5, **options)
+    quiet = online(name="quiet", **options | {"sample_solver_options": {}})
+    states = []
+    for run in (together, apart, quiet):
+        run.train()
+        states.append(run.round.states)
+    torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(states[0][0], states[0][1])  # the same start, other noise on the way
+    assert torch.equal(states[2][0], states[2][1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, SDE, {"sample_solver": "pndm", "sample_solver_options": {"variant": "f-pndm"}}]
+)
+def test_evaluations_are_counted(options, online):
+    """Twelve guided images, then four pairs seen by the reference and, with a gradient, by the policy. The
+    Runge-Kutta steps that a solver starts with count."""
+    run = online(max_train_steps=2, **options)
+    run.train()
+    first, second = (record["evaluations"] for record in log(run))
+    assert second == 4 * 2 * (1 + 3)
+    assert first == 12 * 2 * 4 + second
+
+
 def test_best_against_worst_of_each_prompt(online):
     run = online(max_train_steps=1, learning_rate=0.0)
     run.train()
@@ -112,9 +192,22 @@ def test_best_against_worst_of_each_prompt(online):
     assert record["reward_best"] == pytest.approx(rewards.max(1).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("compare", "count"), [("best_worst", 4), ("matched", 8), ("all", 24)])
+def test_what_is_compared(compare, count, online):
+    """Four images of four prompts, no two of them equally bright."""
+    run = online(max_train_steps=1, learning_rate=0.0, images_per_prompt=4, compare=compare)
+    run.train()
+    rewards = rewards_of(run)
+    for item in run.round.items:
+        winner, loser = (rewards[item.prompt, place - 4 * item.prompt] for place in item.x)
+        assert winner > loser
+    assert len({item.x for item in run.round.items}) == len(run.round.items) == count
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.3])
 @pytest.mark.parametrize("schedule", ["constant", "one_minus_s_squared"])
-def test_the_loss_is_flow_dpos_on_the_finished_images(schedule, online):
-    run = online(beta_schedule=schedule, inner_epochs=4)
+def test_the_loss_is_flow_dpos_on_the_finished_images(schedule, sft_weight, online):
+    run = online(beta_schedule=schedule, inner_epochs=4, sft_weight=sft_weight)
     run.train()
     assert run.round.number == 0
     losses, _ = run.losses(2, range(4))
@@ -134,7 +227,17 @@ def test_the_loss_is_flow_dpos_on_the_finished_images(schedule, online):
             )
             beta = 100.0 * (1.0 if schedule == "constant" else (1 - s) ** 2)
             d = -0.5 * (policy - reference)
-            torch.testing.assert_close(losses[place], sigmoid(d[0], d[1], beta), rtol=1e-3, atol=1e-5)
+            wanted = sigmoid(d[0], d[1], beta) + sft_weight * beta / 2 * policy[0]
+            torch.testing.assert_close(losses[place], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_is_the_offline_trainers(online, pairs, tmp_path):
+    run = online(sft_weight=0.3, beta_dpo=40.0)
+    config = FlowDPOConfig(output_dir=str(tmp_path / "offline"), sft_weight=0.3, beta_dpo=40.0)
+    offline = FlowDPOTrainer(config, model=build("sd3"), dataset=pairs)
+    errors = Errors(*torch.rand(2, 10, generator=torch.Generator().manual_seed(0)))
+    wanted, _ = offline.pair_loss(errors, SimpleNamespace(preference=None, gap=None))
+    torch.testing.assert_close(run.image_losses(errors, torch.zeros(5))[0], wanted)
 
 
 def test_groups_of_equals_are_dropped_or_as_published_the_first_two_compared(online):
@@ -162,6 +265,38 @@ def test_the_reward_rises(online):
     assert after > before + 0.5 * records[0]["reward_std"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_earlier_rounds_stay_in_the_pool(method, online):
+    """Without learning all rounds are what they are without a memory of them."""
+    options = {"learning_rate": 0.0, "inner_epochs": 1, "train_batch_size": 2, "prompts_per_round": 3}
+
+    def rounds(name, **more):
+        run, found = online(method, name, **options, **more), []
+        fresh = run._new_round
+        run._new_round = lambda step: found.append(fresh(step)) or found[-1]
+        run.train()
+        return run, found
+
+    def content(current):
+        return [
+            (current.prompts[item.prompt], current.states[list(item.x)].tolist(), item.values)
+            for item in current.items
+        ]
+
+    steps = 16 if method == "dpo" else 40
+    _, single = rounds("single", max_train_steps=steps)
+    run, pooled = rounds("pooled", max_train_steps=steps, replay_rounds=2)
+    assert len(pooled) >= 4
+    for number, current in enumerate(pooled):
+        kept = single[max(0, number - 2) : number + 1]
+        assert content(current) == [item for one in kept for item in content(one)]
+        assert len(current.states) == 9 * len(kept)
+        assert current.metrics == single[number].metrics
+    told = run._guidance(run.round.prompts).cond
+    assert all(torch.equal(run.guidance.cond[name], told[name]) for name in told)
+    assert len(run.round.prompts) == 9
+
+
 # -------------------------------------------------------------------- the reference
 
 
@@ -174,8 +309,9 @@ def test_the_reference_is_refreshed(rank, online):
     assert [path.name for path in (run.folder / REFERENCE).iterdir()] == ["checkpoint-4"]
 
 
-def test_a_run_goes_on_from_any_checkpoint_with_the_same_weights(online):
-    options = {"refresh_steps": 2, "max_train_steps": 6, "checkpointing_steps": 1, "inner_epochs": 3}
+@pytest.mark.parametrize("more", [{}, {**SDE, "compare": "matched", "sft_weight": 0.2, "replay_rounds": 1}])
+def test_a_run_goes_on_from_any_checkpoint_with_the_same_weights(more, online):
+    options = {"refresh_steps": 2, "max_train_steps": 6, "checkpointing_steps": 1, "inner_epochs": 3} | more
     whole = online(name="whole", **options)
     whole.train()
     for step in (1, 5):  # before the first refreshment, and between two
@@ -186,6 +322,55 @@ def test_a_run_goes_on_from_any_checkpoint_with_the_same_weights(online):
         for p, q in zip(whole.weights.trainable, resumed.weights.trainable, strict=True):
             assert torch.equal(p, q)
         (resumed.folder / "log.jsonl").unlink()
+
+
+OWN_PAIRS = {**SDE, "compare": "matched", "sft_weight": 0.2, "images_per_prompt": 4, "replay_rounds": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_dies_while_it_samples_goes_on_with_the_same_weights(method, online):
+    own = {name: OWN_PAIRS[name] for name in ("sample_solver", "sample_solver_options", "replay_rounds")}
+    options = OWN_PAIRS | {"refresh_steps": 3} if method == "dpo" else own
+    options |= {"max_train_steps": 12, "checkpointing_steps": 1, "inner_epochs": 1}
+    whole = online(method, "whole", **options)
+    whole.train()
+    judged = 0
+
+    def dies(images, prompts):
+        nonlocal judged
+        judged += 1
+        if judged == 3:
+            raise KeyboardInterrupt
+        return brightness(images, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        online(method, reward=dies, **options).train()
+    resumed = online(method, **options, resume_from_checkpoint="latest")
+    resumed.train()
+    assert resumed.round.number == whole.round.number >= 2
+    for p, q in zip(whole.weights.trainable, resumed.weights.trainable, strict=True):
+        assert torch.equal(p, q)
+    volatile = ("step_seconds",)
+    one, two = (
+        [{k: v for k, v in r.items() if k not in volatile} for r in log(run)] for run in (whole, resumed)
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(method, online, tmp_path):
+    own = {name: OWN_PAIRS[name] for name in ("sample_solver", "sample_solver_options", "replay_rounds")}
+    options = OWN_PAIRS | {"beta_dpo": 20.0, "refresh_steps": 3} if method == "dpo" else own
+    options |= {"max_train_steps": 6, "learning_rate": 1e-3, "inner_epochs": 1}
+    one = online(method, "one", **options)
+    one.train()
+    processes(2, lambda rank: online(method, "two", **options | {"train_batch_size": 2}).train(), tmp_path)
+    two = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert one.round.number >= 1
+    for mine, theirs in zip(log(one), two, strict=True):
+        assert theirs["evaluations"] == mine["evaluations"]
+        for name in ("loss", "reward", "round", "grad_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), name
 
 
 def test_a_checkpoint_without_its_reference_is_refused(online):
@@ -239,12 +424,24 @@ def test_images_that_teach_nothing_are_left_out(online):
         ("dpo", {"refresh_steps": -1}, "refresh_steps must be 0 or more"),
         ("dpo", {"beta_dpo": 0.0}, "beta_dpo must be above 0"),
         ("dpo", {"equal_groups": "keep"}, "equal_groups must be drop or first_two"),
+        ("dpo", {"compare": "random_reward"}, "compare must be one of best_worst, matched, all"),
+        ("dpo", {"sft_weight": -0.1}, "sft_weight must be 0 or more"),
+        ("dpo", {"replay_rounds": -1}, "replay_rounds must be 0 or more"),
         ("rwr", {"tau": 0.0}, "tau must be above 0"),
+        ("rwr", {"sample_solver": "dpm++"}, "sample_solver must be one of dc-solver, ddim"),
+        ("dpo", {"sample_solver_options": {"solver_order": 3}}, "empty without sample_solver"),
+        ("dpo", {"sample_solver": "unipc", "transition": "flow_sde"}, "give sample_solver_options"),
+        ("dpo", {"sample_solver": "unipc", "sample_spacing": "trailing"}, "give sample_solver_options"),
     ],
 )
 def test_options_without_meaning_are_refused(method, options, words, online):
     with pytest.raises(UserError, match=words):
         online(method, **options)
+
+
+def test_options_that_the_solver_does_not_have_are_refused_before_anything_is_sampled(online):
+    with pytest.raises(UserError, match="has no option 'order'"):
+        online(sample_solver="unipc", sample_solver_options={"order": 3}).train()
 
 
 def test_models_that_do_not_fit_are_refused(online):

@@ -26,7 +26,14 @@ from diffalign.rollout import run as run_rollout
 from diffalign.solvers import DDIMScheduler
 from diffalign.trainers.d3po import D3POConfig, D3POTrainer
 from diffalign.trainers.ddpo import DDPOConfig, DDPOTrainer
-from diffalign.trainers.groups import advantages, all_pairs, best_and_worst, dominates, random_reward
+from diffalign.trainers.groups import (
+    advantages,
+    all_pairs,
+    best_and_worst,
+    dominates,
+    matched,
+    random_reward,
+)
 from diffalign.trainers.online import ROUND, Members
 from tests.align import families
 from tests.align.goldens import load_online as load
@@ -210,6 +217,23 @@ def test_comparisons_agree_with_rewards(group):
     for w, l in best_and_worst(group):  # noqa: E741
         assert total[w] == total.max() > total.min() == total[l]
     assert bool(best_and_worst(group)) == (np.ptp(total) > 0)
+
+
+@given(rewards)
+def test_matched_pairs_share_no_image_and_come_from_both_ends(group):
+    pairs, total = matched(group), group.sum(1)
+    members = [image for pair in pairs for image in pair]
+    assert len(set(members)) == len(members)
+    assert pairs[:1] == best_and_worst(group)
+    ranks = np.sort(total)
+    found = [(total[w], total[l]) for w, l in pairs]  # noqa: E741
+    ends = [(ranks[-1 - k], ranks[k]) for k in range(len(ranks) // 2)]
+    assert found == [(high, low) for high, low in ends if high > low]
+
+
+@given(arrays(np.float64, st.integers(2, 9), elements=st.sampled_from([0.0, 1.0])))
+def test_matched_pairs_of_a_yes_or_no_are_as_many_as_there_can_be(group):
+    assert len(matched(group)) == min(group.sum(), len(group) - group.sum())
 
 
 @given(arrays(np.float64, 12, elements=st.floats(-5, 5)), st.sampled_from(["group", "global"]))
