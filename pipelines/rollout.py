@@ -227,6 +227,10 @@ def finished(
         ``(rows, ...)`` in host memory, in the network's precision.
     """
     found = []
+
+    def passed(*_: object) -> None:
+        after_step()
+
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
 
@@ -238,7 +242,7 @@ def finished(
             RowNoise(start_seeds[batch], shape, adapter.device).draw(),
             scheduler,
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
-            callback=lambda *_: after_step(),
+            callback=passed,
             **grid,
         )
         found.append(latents.to("cpu", adapter.dtype))

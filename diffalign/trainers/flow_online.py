@@ -283,7 +283,8 @@ class FlowDPOOnlineTrainer(OwnImagesTrainer[FlowDPOOnlineConfig]):
         margin = rewards[0] - rewards[1]
         losses = sigmoid(chosen, rejected, beta)
         if self.config.sft_weight:
-            losses = losses + self.config.sft_weight * sft(*(-0.5 * errors.policy).chunk(2), beta)
+            winner, loser = (-0.5 * errors.policy).chunk(2)
+            losses = losses + self.config.sft_weight * sft(winner, loser, beta)
         return losses, {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
