@@ -193,7 +193,12 @@ _TARGET_OF = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "fl
 
 
 def error_weight(
-    name: str, schedule: NoiseSchedule, kind: str, t: Tensor, *, gamma: float = 5.0
+    name: str | Callable[[Tensor], Tensor],
+    schedule: NoiseSchedule,
+    kind: str,
+    t: Tensor,
+    *,
+    gamma: float = 5.0,
 ) -> Tensor | None:
     """``w(t)`` that makes the error of a ``kind`` network what ``name`` says.
 
@@ -202,17 +207,20 @@ def error_weight(
             on high noise for v and flow models than for epsilon models). ``eps``, ``x0``, ``v``, ``flow``:
             the error the same denoiser would have in that parametrisation. ``snr_gamma``: ``min(SNR,
             gamma)/SNR`` on the epsilon error (Hang et al. 2023). ``elbo``: ``1/2 |d log SNR / d(t/N)|`` on
-            it (Kingma et al. 2021).
+            it (Kingma et al. 2021). A function of ``t`` gives ``(rows,)`` weights of its own on the
+            network's own error.
         schedule, kind: of the model.
         t: ``(rows,)`` times in host memory.
         gamma: of ``snr_gamma``.
 
     Returns:
-        ``(rows,)`` float64 on the host, or None for ``native``.
+        ``(rows,)`` float64 on the host, None for ``native``, or what the function gives.
 
     Raises:
         UserError: unknown name.
     """
+    if callable(name):
+        return name(t)
     if name not in WEIGHTINGS:
         raise UserError(
             f"unknown weighting {name!r}{suggestion(name, list(WEIGHTINGS))} (known: {', '.join(WEIGHTINGS)})"

@@ -253,3 +253,12 @@ def test_native_weighting_is_no_weighting_and_typos_are_named():
     assert error_weight("native", SD, "epsilon", torch.tensor([1])) is None
     with pytest.raises(UserError, match="did you mean 'snr_gamma'"):
         error_weight("snr-gamma", SD, "epsilon", torch.tensor([1]))
+
+
+def test_a_weighting_of_ones_own_is_a_function_of_the_time():
+    schedule = NoiseSchedule.from_config({})
+    t = torch.tensor([0, 250, 999])
+    weight = error_weight(lambda t: 1 - t / 1000, schedule, "epsilon", t.double())
+    assert weight.tolist() == pytest.approx([1.0, 0.75, 0.001])
+    error = denoising_error(torch.ones(3, 4), torch.zeros(3, 4), weight=weight)
+    assert error.tolist() == pytest.approx(weight.tolist())

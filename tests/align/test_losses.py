@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,14 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.likelihood import denoising_error
 from diffalign.losses import LOSSES, get_loss
-from tests.align.goldens import DTYPES, GRADIENT_TOLERANCE, assert_golden, assert_golden_gradient, load
+from tests.align.goldens import (
+    DTYPES,
+    GOLDENS,
+    GRADIENT_TOLERANCE,
+    assert_golden,
+    assert_golden_gradient,
+    load,
+)
 
 # case of the goldens -> (function, its options)
 SCALAR_CASES = {
@@ -117,8 +125,19 @@ FORMULA_CASES = {
     ),
     "cpo_hinge_ls0.0_alpha0.0": lambda d: losses.hinge(d["in/policy_w"], d["in/policy_l"], d["in/beta"]),
     "cpo_ipo_ls0.0_alpha0.0": lambda d: losses.ipo_raw(d["in/policy_w"], d["in/policy_l"], d["in/beta"]),
-    "sigmoid_norm_b0.1_ls0.0_reverse_kl_len": lambda d: losses.sigmoid(
-        *(m / d[f"in/len_{side}"] for m, side in zip(_margins(d), "wl", strict=True)), d["in/beta"]
+    **{
+        f"{name}_b{b}_ls0.0_reverse_kl_len": lambda d, fn=fn: fn(
+            *(m / d[f"in/len_{side}"] for m, side in zip(_margins(d), "wl", strict=True)), d["in/beta"]
+        )
+        for b in (0.1, 0.5)
+        for name, fn in {"sigmoid_norm": losses.sigmoid, "ipo": losses.ipo_raw}.items()
+    },
+    # One kind of row at a time: the two halves of the paired form, 1 - s(b d_w) and s(b d_l).
+    "apo_zero_unpaired": lambda d: torch.cat(
+        [
+            d["in/weight_w"] * (losses.apo_zero(_margins(d)[0], 0 * _margins(d)[0], d["in/beta"]) - 0.5),
+            d["in/weight_l"] * (losses.apo_zero(0 * _margins(d)[1], _margins(d)[1], d["in/beta"]) - 0.5),
+        ]
     ),
     "kto": lambda d: torch.cat(
         [
@@ -397,6 +416,12 @@ def test_robust_loss_is_unbiased_under_flips():
         rejected, chosen, 1.0, label_smoothing=e
     )
     torch.testing.assert_close(noisy, clean)
+
+
+def test_every_case_of_published_scalars_is_compared():
+    with np.load(GOLDENS / "preference_scalar.npz") as arrays:
+        cases = {name.split("/")[0].rsplit(".", 1)[0] for name in arrays.files}
+    assert cases == SCALAR_CASES.keys() | FORMULA_CASES.keys() | {"alpha_dpo_diffusion"}  # above
 
 
 def test_unknown_loss_names_the_nearest():
