@@ -149,8 +149,8 @@ class CachedExamples:
 
     @property
     def draws(self) -> bool:
-        """Whether :meth:`batch` draws a flip or a prompt from its generator."""
-        return self._variants > 1 or self._text_index.shape[2] > 1
+        """Whether :meth:`batch` draws latents, a flip or a prompt from its generator."""
+        return self._variants > 1 or self._text_index.shape[2] > 1 or "std" in self._images
 
     def _plain(self, name: str) -> Tensor:
         whole = self._whole(self._images[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,6 +127,20 @@ class PairDataset(Examples[Pair, PairRow]):
         selected = super().select(indices)
         selected.prompt_weights = self.prompt_weights
         return selected
+
+    def flipped(self, share: float, seed: int = 0) -> Self:
+        """The same pairs, of which about `share` have their images, with all that belongs to them, in the
+        other order. Which ones depends on their ids and `seed` alone."""
+
+        def turned(row: PairRow) -> bool:
+            hashed = hashlib.sha256(f"{seed}\n{row.number}\n{row.id}".encode()).digest()[:8]
+            return int.from_bytes(hashed) < share * 2**64
+
+        dataset = self.select(range(len(self)))
+        dataset._rows = [
+            row._replace(first_wins=1 - row.first_wins) if turned(row) else row for row in self._rows
+        ]
+        return dataset
 
     @property
     def preferences(self) -> list[float]:

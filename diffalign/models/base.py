@@ -157,6 +157,30 @@ class ModelAdapter(ABC):
         shift, scale = self._latent_units(mean)
         return {"latents": (mean - shift) * scale}
 
+    @torch.no_grad()
+    def encode_posterior(self, pixels: Tensor) -> dict[str, Tensor]:
+        """As :meth:`encode_images`, ``{"mean": ..., "std": ...}`` of what the autoencoder thinks likely."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        shift, scale = self._latent_units(posterior.mean)
+        return {"mean": (posterior.mean - shift) * scale, "std": posterior.std * scale}
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """:meth:`encode_prompts` of one prompt, every tensor ``(1, ...)``."""
+        return self.encode_prompts([prompt])
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Latents ``(C, h, w)`` of one image ``(3, H, W)`` in [-1, 1], as :meth:`encode_images` has them."""
+        return self.encode_images(image[None])["latents"][0]
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of `texts` have more tokens than the shortest of the text encoders reads."""
+        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        found = [getattr(self.pipeline, name, None) for name in names]
+        tokenizer = min((t for t in found if t is not None), key=lambda t: t.model_max_length)
+        ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
+        return sum(len(row) > tokenizer.model_max_length for row in ids)
+
     def decode(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
         """Pixels ``(B, 3, H, W)`` in [-1, 1] of ``latents``; without a gradient unless it is asked for."""
         vae = self.pipeline.vae

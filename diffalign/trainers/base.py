@@ -42,7 +42,7 @@ from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
 from diffalign.trainers.meter import Meter
-from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae
+from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae, use_xformers
 from diffalign.trainers.sharding import gathered, split_as, whole
 from diffalign.trainers.weights import Weights
 
@@ -204,6 +204,8 @@ class Trainer(ABC, Generic[C]):
         # Weights come before the data: an init_lora that does not fit should not wait for a whole encoding.
         self.weights = self.make_weights()
         self.adapter.module.to(accelerator.device)
+        if config.enable_xformers_memory_efficient_attention:  # before the reference is copied from it
+            use_xformers(self.adapter.module, accelerator.device, config.mixed_precision)
         self.adapter.encoders_to(accelerator.device)
         self.encode()
         self.pictures = self._pictures()

@@ -35,6 +35,8 @@ class TrainConfig:
         train_batch_size: pairs per device and forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
         max_train_steps: optimiser steps.
+        enable_xformers_memory_efficient_attention: attention of xformers, for policy and reference alike, if
+            it works here (it is tried before use); otherwise torch's own, which is as fast on most cards.
         gradient_checkpointing: less memory for a third more time.
         learning_rate: peak learning rate.
         scale_lr: multiply learning_rate by the number of pairs per optimiser step.
@@ -85,6 +87,7 @@ class TrainConfig:
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 1000
+    enable_xformers_memory_efficient_attention: bool = False
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-5
     scale_lr: bool = False

@@ -6,6 +6,7 @@ into a loss.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,8 @@ from diffalign.trainers.base import Trainer
 from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.table import reference_table
 
+logger = logging.getLogger(__name__)
+
 D = TypeVar("D", bound="DenoisingConfig")
 Examples = PairDataset | ImageDataset
 
@@ -50,8 +53,12 @@ class DenoisingConfig(TrainConfig):
         draws_per_example: average an example's errors over so many draws of noise and time before the loss,
             for so many times the cost; with stratified_times one from each part of the distribution.
         timesteps: draw from these times only, instead: those that a few-step model is asked at.
-        time_ids: what SDXL is told of an image's size and crop: its own (image), or that of an
-            uncropped image at the training resolution (resolution), as the published code does.
+        joint_augmentation: the same crop and flip for both images of a pair; otherwise drawn for each, as the
+            code of the Diffusion-DPO paper does.
+        sample_latents: draw the latents of an image anew each time from what the autoencoder says of it, as
+            published scripts do, for twice the room in the cache; otherwise they are their mean.
+        time_ids: what SDXL is told of an image's size and crop: its own (image), that of an uncropped
+            image at the training resolution (resolution), as the published code does, or zeros (none).
         empty_caption: what a dropped caption becomes: the pipeline's own unconditional input
             (as_pipeline), the encoded empty string (encode) or zeros.
         weighting: what the denoising error is measured in: native, eps, x0, v, flow, snr_gamma or elbo.
@@ -63,6 +70,9 @@ class DenoisingConfig(TrainConfig):
         reference_draws: 0 runs the reference in every step. N > 0 gives each example N fixed draws of noise
             and time and computes the reference's errors on them once, into the cache, where later runs find
             them; a step then costs what fine-tuning costs, but sees no other noise.
+        reference_device: where the frozen copy of full training lives: with the model (same), or in host
+            memory (cpu), where its forward passes are slow and rounded differently, so that the first margins
+            are only nearly 0. A LoRA needs no copy, reference_draws neither.
         validation_dataset: held-out pairs for the validations; accuracy and margin on them, always at the
             same times and noise, tell more than those of the steps.
         validation_share: instead, the share of the data's prompts that is held out, 0.05 for example.
@@ -75,7 +85,9 @@ class DenoisingConfig(TrainConfig):
     stratified_times: bool = False
     draws_per_example: int = 1
     timesteps: list[float] = field(default_factory=list)
-    time_ids: Literal["image", "resolution"] = "image"
+    joint_augmentation: bool = True
+    sample_latents: bool = False
+    time_ids: Literal["image", "resolution", "none"] = "image"
     empty_caption: EmptyCaption = "as_pipeline"
     weighting: str = "native"
     snr_gamma: float = 5.0
@@ -83,6 +95,7 @@ class DenoisingConfig(TrainConfig):
     clip: list[int] = field(default_factory=list)
     max_bad: float = 0.01
     reference_draws: int = 0
+    reference_device: Literal["same", "cpu"] = "same"
     validation_dataset: str | None = None
     validation_share: float = 0.0
     validation_pairs: int = 64
@@ -90,6 +103,13 @@ class DenoisingConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         self._need("reference_draws", self.reference_draws >= 0, "0 or more")
+        self._need("reference_device", self.reference_device in ("same", "cpu"), "same or cpu")
+        if self.reference_device == "cpu" and (self.rank or self.reference_draws):
+            raise UserError(
+                "reference_device cpu is for the frozen copy of full training (--rank 0) with a live "
+                "reference: a LoRA and reference_draws have no copy"
+            )
+        self._need("time_ids", self.time_ids in ("image", "resolution", "none"), "image, resolution or none")
         self._need("draws_per_example", self.draws_per_example >= 1, "at least 1")
         if self.reference_draws and (self.stratified_times or self.draws_per_example > 1):
             raise UserError(
@@ -215,10 +235,19 @@ class DenoisingTrainer(Trainer[D]):
     def encode(self) -> None:
         config, adapter = self.config, self.adapter
         self.data = self._encoded(self.examples)
+        self.elements = self.data.batch([0])["latents"][0, 0].numel()  # of the latent of one image
         self.validation_data = self._encoded(self.held_out) if self.held_out else None
         self.no_caption = (
             adapter.empty_caption(config.empty_caption) if config.proportion_empty_prompts else {}
         )
+        texts = {text for row in self.examples.all_prompts for text in row}
+        texts |= {text for row in self.examples.captions for text in row}
+        self.truncated = adapter.count_truncated(sorted(texts)) / len(texts)
+        if self.truncated and self.accelerator.is_main_process:
+            logger.warning(
+                "%.1f %% of the captions are longer than the text encoder reads: their ends are cut off",
+                100 * self.truncated,
+            )
 
     @property
     def cache_folder(self) -> Path:
@@ -230,13 +259,15 @@ class DenoisingTrainer(Trainer[D]):
         return cached_examples(
             examples,
             self.cache_folder,
-            encode_images=adapter.encode_images,
+            encode_images=adapter.encode_posterior if config.sample_latents else adapter.encode_images,
             encode_prompts=adapter.encode_prompts,
-            key={"family": type(adapter).__name__, **adapter.identity()},
+            key={"family": type(adapter).__name__, **adapter.identity()}
+            | ({"posterior": "sample"} if config.sample_latents else {}),
             resolution=self.size,
             batch_size=1 if config.clip else 8,
             center_crop=config.center_crop,
             random_flip=config.random_flip,
+            joint=config.joint_augmentation,
             dtype=torch.float32 if config.mixed_precision == "no" else torch.float16,
             process=(self.accelerator.process_index, self.accelerator.num_processes),
             barrier=self.accelerator.wait_for_everyone,
@@ -301,6 +332,8 @@ class DenoisingTrainer(Trainer[D]):
         target = torch.tensor(self.size).expand_as(original)
         if self.config.time_ids == "resolution":
             original, corner = target, torch.zeros_like(corner)
+        if self.config.time_ids == "none":
+            original = corner = target = torch.zeros_like(target)
         sizes = self.adapter.size_conditions(by_row(original), by_row(corner), by_row(target))
         return Batch(
             latents=by_row(found["latents"]),
@@ -378,7 +411,7 @@ class DenoisingTrainer(Trainer[D]):
         if self.validation_data is not None:
             self._validation_reference = self._validation_errors()
         if not self.config.reference_draws:
-            self.weights.use_as_reference()
+            self.weights.use_as_reference(on_host=self.config.reference_device == "cpu")
             return
         count = self.config.reference_draws
         folder = self.cache_folder if self.accelerator.is_main_process else None
@@ -395,6 +428,7 @@ class DenoisingTrainer(Trainer[D]):
         config = self.config
         names = ["seed", "reference_draws", "timestep_sampling", "logit_mean", "logit_std", "timesteps"]
         names += ["proportion_empty_prompts", "empty_caption", "time_ids", "mixed_precision", "random_flip"]
+        names += ["joint_augmentation", "sample_latents"]
         return {
             "family": type(self.adapter).__name__,
             "weights": self.weights.reference_identity(),

@@ -155,6 +155,7 @@ class FlowRWRTrainer(DenoisingTrainer[FlowRWRConfig]):
             "weights/mean": weight / pairs,
             "weights/effective": weight * weight / (pairs * square) if square else 0.0,
             "empty_captions": empty / pairs,
+            "truncated_captions": self.truncated,
             "skipped_rows": len(self.examples.skipped),
         }
 

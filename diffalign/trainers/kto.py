@@ -185,10 +185,12 @@ class DiffusionKTOTrainer(DenoisingTrainer[DiffusionKTOConfig]):
             "kl": self.beta * point,
             "gradient_factor": factor,
             "beta": self.beta,
+            "beta_sum": self.beta / self.elements,
             **{f"errors/{kind}": means[1] for kind, means in found.items()},
             **{f"errors/reference_{kind}": means[2] for kind, means in found.items()},
             "good_share": sums[0] / pairs,
             "empty_captions": empty,
+            "truncated_captions": self.truncated,
             "skipped_rows": len(self.examples.skipped),
         }
 

@@ -34,13 +34,21 @@ class PairConfig(DenoisingConfig):
         ties: pairs without a winner: drop, soft (trained towards even odds) or error.
         selection: what decides between two images, what becomes of repeated pairs, filters, and weights of
             prompts, such as {votes: share, min_side: 512}: the attributes of diffalign.data.Selection.
+        label_flip_probability: share of the pairs that are trained the wrong way round, always the same ones:
+            to see what wrong labels do to a method. Held-out pairs stay as they are.
         low_memory: one image at a time, for half the activation memory at little more time; its gradient is
             the same. On top of it, gradient_checkpointing.
     """
 
     ties: Literal["drop", "soft", "error"] = "drop"
     selection: dict[str, int | float | bool | str] = field(default_factory=dict)
+    label_flip_probability: float = 0.0
     low_memory: bool = False
+
+    def check(self) -> None:
+        super().check()
+        flips = self.label_flip_probability
+        self._need("label_flip_probability", 0 <= flips <= 1, "between 0 and 1")
 
 
 class PairTrainer(DenoisingTrainer[P]):
@@ -59,6 +67,11 @@ class PairTrainer(DenoisingTrainer[P]):
             max_bad=config.max_bad,
             selection=Selection.of(config.selection),
         )
+
+    def open_data(self) -> None:
+        super().open_data()
+        if self.config.label_flip_probability:
+            self.examples = self.pairs.flipped(self.config.label_flip_probability, self.config.seed)
 
     def check_sharded(self) -> None:
         super().check_sharded()
@@ -127,9 +140,9 @@ class PairTrainer(DenoisingTrainer[P]):
         rewards = -0.5 * self.beta * (sides[:2] - sides[2:])
         margin = rewards[0] - rewards[1]
         won = (margin > 0).float() + 0.5 * (margin == 0)
-        scalars = torch.stack(
-            [*rewards, margin, margin.square(), margin.abs(), won, torch.sigmoid(-logit), *sides]
-        )
+        lost = (margin < 0).float()
+        moments = (margin, margin.square(), margin.abs())
+        scalars = torch.stack([*rewards, *moments, won, lost, torch.sigmoid(-logit), *sides])
         steps = self.adapter.schedule.num_train_timesteps
         bins = (batch.t.reshape(2, -1) * TIME_BINS / steps).long().clamp(0, TIME_BINS - 1)
         in_bin = torch.nn.functional.one_hot(bins, TIME_BINS).to(sides)  # (2, B, bins): a time for each image
@@ -140,12 +153,12 @@ class PairTrainer(DenoisingTrainer[P]):
         return torch.cat([scalars.sum(1), in_bin.sum(1).flatten(), by_time, empty])
 
     def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
-        means = [value / pairs for value in sums[:11]]
-        chosen, rejected, margin, square, size, won, factor = means[:7]
+        means = [value / pairs for value in sums[:12]]
+        chosen, rejected, margin, square, size, won, lost, factor = means[:8]
         beta = self.beta
         self.after_step(size / beta)
         shown = SIDES if self.needs_reference else SIDES[:2]
-        counts, *binned = np.array(sums[11:-1]).reshape(-1, 2, TIME_BINS).tolist()  # of chosen and rejected
+        counts, *binned = np.array(sums[12:-1]).reshape(-1, 2, TIME_BINS).tolist()  # of chosen and rejected
         by_time = {
             side: [s / n if n else None for s, n in zip(row, count, strict=True)]
             for side, row, count in zip(shown, chain(*binned), counts * 2, strict=False)
@@ -155,12 +168,15 @@ class PairTrainer(DenoisingTrainer[P]):
             "rewards/rejected": rejected,
             "rewards/margins": margin,
             "rewards/margins_std": max(square - margin * margin, 0.0) ** 0.5,
+            "rewards/margins_negative": lost,
             "rewards/accuracies": won,
             "gradient_factor": factor,
             "beta": beta,
-            **{f"errors/{side}": value for side, value in zip(shown, means[7:], strict=False)},
+            "beta_sum": beta / self.elements,  # the same for errors summed over a latent
+            **{f"errors/{side}": value for side, value in zip(shown, means[8:], strict=False)},
             "errors_by_time": by_time,
             "empty_captions": sums[-1] / pairs,
+            "truncated_captions": self.truncated,
             "skipped_rows": len(self.examples.skipped),
         }
 

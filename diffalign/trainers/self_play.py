@@ -63,6 +63,8 @@ class SelfPlayConfig(PairConfig):
             self._need(name, getattr(self, name) >= 1, "at least 1")
         self._need("sampling_guidance_scale", self.sampling_guidance_scale >= 0, "0 or more")
         self._need("reference_draws", self.reference_draws == 0, "0: the reference changes with the rounds")
+        self._need("reference_device", self.reference_device == "same", "same: the reference makes samples")
+        self._need("label_flip_probability", self.label_flip_probability == 0, "0: samples are never chosen")
         self._need("ties", self.ties == "drop", "drop: of pairs, only the chosen images are used")
         self._need("selection", not self.selection, "empty: the data are read as single images")
 

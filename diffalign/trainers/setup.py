@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 from diffalign.errors import UserError
 from diffalign.trainers import zero
 from diffalign.trainers.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=6)
 
@@ -64,6 +67,26 @@ def adamw_for(config: TrainConfig) -> Any:
     except ImportError as error:
         raise UserError("use_8bit_adam needs bitsandbytes: pip install 'diffalign[bnb]'") from error
     return bitsandbytes.optim.AdamW8bit
+
+
+def use_xformers(network: Any, device: torch.device, mixed_precision: str) -> bool:
+    """Let `network` attend with xformers, if that works: wheels built for another torch import without a word
+    and fail, or are slow, only when asked for something.
+
+    Returns whether it does; if not, one line in the log says why.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.randn(1, 64, 2, 40, device=device, dtype=dtype, requires_grad=True)
+        memory_efficient_attention(query, query, query).float().sum().backward()
+        network.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # of import, of missing kernels, of a device or network without them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        logger.warning("xformers does not work here, torch's own attention is used: %s", reason)
+        return False
+    return True
 
 
 def load_vae(path: str) -> nn.Module:

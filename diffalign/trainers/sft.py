@@ -46,6 +46,7 @@ class SFTTrainer(PairTrainer[SFTConfig]):
         return {
             "errors/chosen": sums[0] / pairs,
             "empty_captions": sums[1] / pairs,
+            "truncated_captions": self.truncated,
             "skipped_rows": len(self.pairs.skipped),
         }
 

@@ -74,10 +74,11 @@ class Weights:
         self.names = [name for name, _ in named]
         self.trainable = [p for _, p in named]
 
-    def use_as_reference(self) -> None:
-        """Make the weights as they are now the reference policy, in the cheapest way that holds."""
+    def use_as_reference(self, *, on_host: bool = False) -> None:
+        """Make the weights as they are now the reference policy, in the cheapest way that holds; a copy of
+        all weights lies in host memory if `on_host`."""
         if not self.lora:
-            self.adapter.reference = frozen_copy(self.adapter.module)
+            self.adapter.reference = frozen_copy(self.adapter.module, on_host=on_host)
         elif self._continues:
             self.adapter.reference = named_adapter(REFERENCE)
         else:

@@ -162,6 +162,9 @@ def test_sdxl_is_told_the_size_and_crop_of_each_image(run_of):
     as_published = run_of("sdxl", resolution=8, time_ids="resolution", overwrite=True)
     as_published.train()
     assert (as_published.batch(0, range(3)).cond["time_ids"] == torch.tensor([8.0, 8, 0, 0, 8, 8])).all()
+    nothing = run_of("sdxl", resolution=8, time_ids="none", overwrite=True)
+    nothing.train()
+    assert not nothing.batch(0, range(3)).cond["time_ids"].any()
 
 
 def test_a_refiner_is_told_a_score_and_shown_the_times_it_knows(run_of):
