@@ -209,9 +209,12 @@ def make_unet() -> Any:
 
 def make_scheduler() -> Any:
     """diffusers' usual sampler on the schedule of Stable Diffusion."""
-    return DPMSolverMultistepScheduler(
+    scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
+    # Not its own option, but that of classes made from its config, which clip latents to [-1, 1] otherwise.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
 
 
 def train_denoiser(

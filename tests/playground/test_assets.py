@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from diffalign.errors import UserError
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.load import make_scheduler
-from diffalign.playground import ASSETS, few_step, load, load_scorer, model_path
+from diffalign.playground import ASSETS, few_step, load, load_scorer, model_path, sd
 from diffalign.playground.captions import change_one_word, draw_captions
 from diffalign.playground.pairs import Candidates, draw_candidates
 from diffalign.playground.sd import to_pixels
@@ -127,3 +127,21 @@ def test_unknown_models_are_named():
 def test_our_scheduler_takes_over_the_pipelines_config(pipe):
     scheduler = make_scheduler("dpm-solver++", pipe.scheduler.config)
     assert scheduler.config.beta_schedule == "scaled_linear"
+
+
+@pytest.mark.parametrize("name", ["sd", "few-step"])
+@pytest.mark.parametrize("theirs", [DDIMScheduler, DDPMScheduler, LCMScheduler])
+def test_schedulers_made_from_the_config_do_not_clip_latents(name, theirs):
+    path = model_path(name) / "scheduler" / "scheduler_config.json"
+    scheduler = theirs.from_config(json.loads(path.read_text()))
+    scheduler.set_timesteps(4)
+    x, beyond = torch.zeros(1, 4, 8, 8), torch.full((1, 4, 8, 8), -3.0)
+    found = scheduler.step(beyond, scheduler.timesteps[0], x)
+    clean = found.denoised if theirs is LCMScheduler else found.pred_original_sample
+    assert clean.abs().min() > 1
+
+
+def test_the_scheduler_of_the_shipped_folder_is_the_one_that_is_built(tmp_path):
+    sd.make_scheduler().save_pretrained(tmp_path)
+    shipped = model_path("sd") / "scheduler" / "scheduler_config.json"
+    assert json.loads((tmp_path / shipped.name).read_text()) == json.loads(shipped.read_text())
