@@ -242,7 +242,7 @@ class DenoisingTrainer(Trainer[D]):
         )
         texts = {text for row in self.examples.all_prompts for text in row}
         texts |= {text for row in self.examples.captions for text in row}
-        self.truncated = adapter.count_truncated(sorted(texts)) / len(texts)
+        self.truncated = adapter.count_truncated(sorted(texts)) / len(texts)  # share of distinct captions
         if self.truncated and self.accelerator.is_main_process:
             logger.warning(
                 "%.1f %% of the captions are longer than the text encoder reads: their ends are cut off",
@@ -411,7 +411,7 @@ class DenoisingTrainer(Trainer[D]):
         if self.validation_data is not None:
             self._validation_reference = self._validation_errors()
         if not self.config.reference_draws:
-            self.weights.use_as_reference(on_host=self.config.reference_device == "cpu")
+            self.make_reference()
             return
         count = self.config.reference_draws
         folder = self.cache_folder if self.accelerator.is_main_process else None
@@ -422,6 +422,10 @@ class DenoisingTrainer(Trainer[D]):
             lambda rows: self._fixed_errors(self.data, rows, count, self._fixed, label="reference"),
             self.accelerator,
         )
+
+    def make_reference(self) -> None:
+        """Let the weights as they are now answer as the reference in every step."""
+        self.weights.use_as_reference(on_host=self.config.reference_device == "cpu")
 
     def _decides_the_table(self) -> dict[str, Any]:
         """All that the errors of the reference depend on beside the content of a row, as JSON values."""

@@ -27,7 +27,7 @@ from diffalign.losses import (
 )
 from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.denoising import Batch
-from diffalign.trainers.pairs import PairConfig, PairTrainer
+from diffalign.trainers.moving import MovingConfig, MovingReferenceTrainer
 
 MARGIN_MEMORY = 0.95  # of the running mean that an automatic beta follows
 
@@ -67,7 +67,7 @@ class LossTerm:
 
 
 @dataclass(kw_only=True)
-class DiffusionDPOConfig(PairConfig):
+class DiffusionDPOConfig(MovingConfig):
     """Diffusion-DPO: align a text-to-image model with preference pairs.
 
     Args:
@@ -154,10 +154,10 @@ class DiffusionDPOConfig(PairConfig):
 
     def needs_reference(self) -> bool:
         """Whether any term compares with a reference."""
-        return any(LOSSES[term.name].reference for term in self.terms())
+        return any(get_loss(term.name).reference for term in self.terms())
 
 
-class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
+class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
     """``DiffusionDPOTrainer(config, model=pipeline_or_path, dataset=pairs_or_path).train()``."""
 
     method = "diffusion-dpo"
@@ -172,7 +172,7 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
         self._margin: float | None = None
 
     def after_step(self, margin: float) -> None:
-        if self.config.beta_target and margin > 0:
+        if self.config.beta_target and margin > 0 and not self.warming:
             before = margin if self._margin is None else self._margin
             self._margin = MARGIN_MEMORY * before + (1 - MARGIN_MEMORY) * margin
             self.beta = automatic_beta(self._margin, target=self.config.beta_target)
@@ -186,19 +186,23 @@ class DiffusionDPOTrainer(PairTrainer[DiffusionDPOConfig]):
 
     def open_data(self) -> None:
         super().open_data()
-        asking = [term.name for term in self.terms if "gap" in LOSSES[term.name].inputs]
+        asking = [f"loss_type {term.name}" for term in self.terms if "gap" in LOSSES[term.name].inputs]
+        asking += ["curriculum_stages"] if self.config.curriculum_stages else []
         if not asking:
             return
         scores = self.pairs.properties("score")
         missing = sum(not all(isinstance(s, int | float) and math.isfinite(s) for s in two) for two in scores)
         if missing:
             raise UserError(
-                f"loss_type {asking[0]} wants a score of both images of every pair, which {missing} of "
+                f"{asking[0]} wants a score of both images of every pair, which {missing} of "
                 f"{len(self.pairs)} pairs lack: write them with 'diffalign data score'"
             )
 
     def pair_loss(self, errors: Errors, batch: Batch) -> tuple[Tensor, Tensor]:
         config = self.config
+        if self.warming:
+            chosen, rejected = errors.log_ratio().chunk(2)
+            return errors.policy.reshape(2, -1).mean(0), self.beta * (chosen - rejected)
         if config.sdpo_mu is not None and errors.residual is not None:
             errors = spare_winner(errors, errors.residual, config.sdpo_mu, config.sdpo_scope == "pair")
         if config.dspo_beta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import warnings
@@ -84,19 +85,41 @@ class Weights:
         else:
             self.adapter.reference = adapters_off
 
-    def reference_from(self, folder: Path) -> None:
-        """Make what :meth:`save` wrote into ``folder`` the reference, beside the weights in training."""
-        if not self.lora:
-            self.adapter.reference = frozen(self._stored(folder).to(self.adapter.device))
-            return
+    def movable_reference(self) -> list[Tensor]:
+        """Make a copy of the weights as they are now the reference; its tensors, in the order of `trainable`,
+        may be changed in place."""
+        module, copies = self.adapter.module, {}
+        if self.lora:
+            self._second_adapter()
+            named = dict(module.named_parameters())
+            for name in self.names:
+                copies[name] = named[name.replace(f".{POLICY}.", f".{REFERENCE}.")]
+            self.adapter.reference = named_adapter(REFERENCE)
+        else:
+            twin = copy.deepcopy(module)
+            copies = dict(twin.named_parameters())
+            self.adapter.reference = frozen(twin)
+        for name, parameter in zip(self.names, self.trainable, strict=True):
+            copies[name].data.copy_(parameter.data)
+        return [copies[name].data for name in self.names]
+
+    def _second_adapter(self) -> None:
+        """A LoRA of the policy's shape beside it, in float32 as that is, which takes no gradient."""
         module = self.adapter.module
         if REFERENCE not in module.peft_config:
             settings = {k: v for k, v in module.peft_config[POLICY].to_dict().items() if k in _SHAPE}
             self._attach(REFERENCE, settings, seed=0)
             module.set_adapter(POLICY)
         for name, parameter in module.named_parameters():
-            if f".{REFERENCE}." in name:  # computes as the policy does, in float32
+            if f".{REFERENCE}." in name:
                 parameter.requires_grad_(False).data = parameter.data.float()
+
+    def reference_from(self, folder: Path) -> None:
+        """Make what :meth:`save` wrote into ``folder`` the reference, beside the weights in training."""
+        if not self.lora:
+            self.adapter.reference = frozen(self._stored(folder).to(self.adapter.device))
+            return
+        self._second_adapter()
         self._set_lora(self.adapter.load_lora(folder)[0], REFERENCE, folder)
         self.adapter.reference = named_adapter(REFERENCE)
 
