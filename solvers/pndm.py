@@ -12,13 +12,13 @@ from numpy.polynomial import polynomial
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.solvers.grids import auto_times, spaced_steps
+from diffalign.solvers.grids import auto_times
 from diffalign.solvers.options import check_choice, scheduler_options
 from diffalign.solvers.plan import Plan, Row
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
-__all__ = ["PNDMScheduler", "SchedulerMixin", "adams_weights"]
+__all__ = ["PNDMScheduler", "SchedulerMixin", "adams_weights", "published_steps"]
 
 #: variant -> (number of predictions combined, evaluations of each of its first steps)
 VARIANTS: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -66,12 +66,14 @@ class PNDMScheduler(PlanScheduler):
         skip_prk_steps: diffusers' name of that choice.
         convention: ``consistent``, as above; ``uniform``, the published weights on any grid, as in diffusers;
             ``published``, those weights, the network asked one training step below the level of the state,
-            the level rounded down to a training step, and, with ``grid="auto"``, the published grid.
+            the level rounded down to a training step, and, with ``grid="auto"``, the published grid
+            (:func:`published_steps`).
         set_alpha_to_one: end at the clean image; else at the first training step.
         grid: where the network is asked (:data:`diffalign.solvers.grids.GRIDS`).
 
     The other options are diffusers'. Timesteps or sigmas that the caller passes are the evaluations: nothing
-    is added to them. At alpha = 0 no eps is known, so a step from there is DDIM's in the data prediction.
+    is added to them, and timesteps that repeat as those of a start do are one. At alpha = 0 no eps is known,
+    so a step from there is DDIM's in the data prediction.
     """
 
     form = "epsilon"
@@ -102,7 +104,8 @@ class PNDMScheduler(PlanScheduler):
         if variant == "auto":
             variant = "plms" if config.skip_prk_steps else "f-pndm"
         self._memory, self._starts = VARIANTS[variant]
-        self._planned_starts: tuple[int, ...] = ()
+        #: Index of a step -> its evaluations, of steps with more than one.
+        self._planned_starts: dict[int, int] = {}
 
     # ------------------------------------------------------------ the grid
 
@@ -114,8 +117,14 @@ class PNDMScheduler(PlanScheduler):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """As :meth:`PlanScheduler.set_timesteps`; only a grid made here gets the evaluations of a start."""
-        self._planned_starts = ()
+        """As :meth:`PlanScheduler.set_timesteps`; only a grid made here gets the evaluations of a start.
+
+        `timesteps` may repeat as those of a start do: ``scheduler.timesteps`` of another run can be passed.
+        """
+        self._planned_starts = {}
+        if timesteps is not None and sigmas is None:
+            asked = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+            timesteps = self._steps(np.asarray(asked, np.float64).reshape(-1))
         super().set_timesteps(num_inference_steps, device, timesteps=timesteps, sigmas=sigmas, mu=mu)
 
     def _final(self) -> str:
@@ -133,10 +142,10 @@ class PNDMScheduler(PlanScheduler):
         for evaluations in self._starts:
             if sum(starts) + evaluations <= room:
                 starts.append(evaluations)
-        self._planned_starts = tuple(starts)
+        self._planned_starts = dict(enumerate(starts, int(self._begins_in_noise())))
         steps = count - sum(starts) + len(starts)
         if self.config.convention == "published" and self.config.grid == "auto":
-            points = spaced_steps("leading", steps, self.schedule.num_train_timesteps, 0, with_end=False)
+            points = published_steps(steps, self.schedule.num_train_timesteps)
             return np.append(points, self.schedule.t_clean)
         return super()._grid_times(steps, shift)
 
@@ -145,12 +154,23 @@ class PNDMScheduler(PlanScheduler):
         return float(self.schedule.alpha(self._start_time())) == 0.0
 
     def _evaluations(self, times: Array) -> Array:
-        first = int(self._begins_in_noise())
         asked: list[float] = []
         for k, (time, end) in enumerate(itertools.pairwise(times)):
             asked.append(time)
-            asked += self._stage_times(dict(enumerate(self._planned_starts, first)).get(k, 1), time, end)
+            asked += self._stage_times(self._planned_starts.get(k, 1), time, end)
         return np.append(asked, times[-1])
+
+    def _steps(self, asked: Array) -> list[float]:
+        """The starts of steps among the evaluations of a caller, and in `_planned_starts` what they are."""
+        steps: list[float] = []
+        e = 0
+        while e < len(asked):
+            evaluations = self._step_kind(asked[e:])
+            if evaluations > 1:
+                self._planned_starts[len(steps)] = evaluations
+            steps.append(float(asked[e]))
+            e += evaluations
+        return steps
 
     def _stage_times(self, evaluations: int, time: float, end: float) -> list[float]:
         """Where a step of so many evaluations asks after its first."""
@@ -190,7 +210,8 @@ class PNDMScheduler(PlanScheduler):
         history: list[int] = []  # evaluations at starts of steps, newest first
         while len(rows) < len(times) - 1:
             e = len(rows)
-            stages: Sequence[Mapping[int, float]] = _STAGES.get(self._step_kind(times[e:], alpha[e]), ())
+            kind = self._step_kind(times[e:]) if alpha[e] > 0 else 1
+            stages: Sequence[Mapping[int, float]] = _STAGES.get(kind, ())
             if alpha[e] > 0 and times[e] > times[e + 1]:  # a step of no length asks again where it was
                 history = [e, *history][: self._memory]
             if not stages:
@@ -199,9 +220,9 @@ class PNDMScheduler(PlanScheduler):
                 rows.append(self._row(times, state, alpha, sigma, e, j, combined))
         return Plan(tuple(rows))
 
-    def _step_kind(self, times: Array, alpha: float) -> int:
+    def _step_kind(self, times: Array) -> int:
         """How many evaluations the step takes that begins at the first of `times`."""
-        if alpha > 0 and len(times) >= 3 and times[0] > times[1] == times[2]:
+        if len(times) >= 3 and times[0] > times[1] == times[2]:
             if len(times) >= 5 and times[2] > times[3] == times[4]:
                 off = abs(times[1] - self._middle(times[0], times[3]))
                 if off <= _MIDPOINT_SLACK * (times[0] - times[3]):
@@ -255,6 +276,18 @@ class PNDMScheduler(PlanScheduler):
             return super()._transform(m, sample)
         x0 = super()._transform((sample - sigma * m) / alpha, sample)
         return (sample - alpha * x0) / sigma
+
+
+def published_steps(count: int, total: int) -> Array:
+    """The `count` times of the published code, descending: every ``total // n``-th training step from 0 on.
+
+    n is what its caller asks for, and often less than the steps that come of it: 15 gives 16. So the stride
+    is that of the largest n with `count` steps whose level ``t + 1`` is there. Where no n has them, it is
+    ``total // count``.
+    """
+    strides = [total // n for n in range(min(count, total), 0, -1)]
+    fits = (s for s in strides if (count - 1) * s < total - 1 and count * s >= total)
+    return np.arange(count - 1.0, -1.0, -1.0) * next(fits, total // count)
 
 
 def adams_weights(nodes: Array, end: float) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffalign.errors import UserError
 from diffalign.solvers import DDIMScheduler, GaussianMixture, PNDMScheduler, sample
 from diffalign.solvers.mixture import relative_error
-from diffalign.solvers.pndm import VARIANTS, adams_weights
+from diffalign.solvers.pndm import VARIANTS, adams_weights, published_steps
 from diffalign.solvers.scheduler import threshold
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "solvers_dpm_pndm"
@@ -71,6 +71,23 @@ def test_the_published_convention_reproduces_the_published_code(case):
     result = sample(recorded, noise, scheduler, num_inference_steps=case["nfe"])
     assert relative_error(result, torch.from_numpy(ARRAYS[case["x0"]])) < 1e-6
     assert seen == case["model_time_inputs"]
+
+
+@pytest.mark.parametrize(
+    ("count", "asked"),
+    [(10, 10), (16, 15), (7, 6), (8, 8), (25, 25), (19, 18), (101, None), (28, None)],
+    ids=str,
+)
+def test_the_published_grid(count, asked):
+    """Who asks for n gets every 1000 // n-th training step from 0 on, which may be more than n.
+
+    8 come of 7 as well, with a stride of 142. 101 come of nothing, and 28 of 27 alone, whose first time has
+    no level: it would be that of training step 1000.
+    """
+    stride = 1000 // (asked or count)
+    if asked:
+        assert len(range(0, 1000, stride)) == count
+    assert published_steps(count, 1000).tolist() == [stride * k for k in reversed(range(count))]
 
 
 @pytest.mark.parametrize(("variant", "skip", "extra"), [("plms-heun", True, 1), ("f-pndm", False, 9)])
@@ -277,6 +294,19 @@ def test_custom_timesteps_are_the_evaluations(small):
     scheduler.set_timesteps(timesteps=times)
     assert scheduler.timesteps.tolist() == times
     assert [set(row.x) for row in scheduler.plan.rows] == [{e} for e in range(5)]
+
+
+@pytest.mark.parametrize("convention", ["consistent", "published"])
+@pytest.mark.parametrize("variant", ["s-pndm", "f-pndm"])
+def test_the_timesteps_of_a_run_make_the_same_run(variant, convention):
+    """Their repetitions are those of a start."""
+    x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    scheduler = PNDMScheduler(variant=variant, convention=convention)
+    expected = sample(network, x, scheduler, num_inference_steps=17)
+    for passed in (scheduler.timesteps, scheduler.timesteps.tolist()):
+        assert torch.equal(sample(network, x, scheduler, timesteps=passed), expected)
+    with pytest.raises(UserError, match="decrease strictly"):
+        scheduler.set_timesteps(timesteps=[900, 900, 500])
 
 
 def test_thresholding_acts_on_the_data_prediction(sd_betas):
