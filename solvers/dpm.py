@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.errors import UserError
 from diffalign.solvers import grids
 from diffalign.solvers.exponential import (
+    RULE_OF_TYPE,
     Equation,
     Points,
     Update,
@@ -33,7 +34,6 @@ _SOLVER_TYPES = {
     "bh1": "midpoint",
     "bh2": "midpoint",
 }
-_RULES = {"midpoint": "midpoint", "heun": "taylor"}
 
 
 def dpm_options(
@@ -65,7 +65,7 @@ class DPMScheduler(PlanScheduler):
             raise UserError(f"solver_order must be 1, 2 or 3, but is {config.solver_order!r}")
         check_choice("algorithm_type", config.algorithm_type, self.algorithms)
         check_choice("solver_method", config.solver_method, ("multistep", "singlestep"))
-        check_choice("solver_type", config.solver_type, tuple(_RULES))
+        check_choice("solver_type", config.solver_type, tuple(RULE_OF_TYPE))
         check_choice("third_order", config.third_order, ("taylor", "published"))
         check_choice("final_sigmas_type", config.final_sigmas_type, ("zero", "sigma_min"))
         for name in ("sde_eta", "s_noise"):
@@ -102,7 +102,7 @@ class DPMScheduler(PlanScheduler):
         equation = Equation(self.form, eta, config.s_noise)
         count = len(points.lambda_) - 1
         orders = self._orders(count)
-        rule = _RULES[config.solver_type]
+        rule = RULE_OF_TYPE[config.solver_type]
         if config.solver_method == "multistep":
             return multistep(points, equation, orders, solver_type=rule, third_order=config.third_order)
         orders = split_ends(orders, first=points.alpha[0] == 0.0, last=points.sigma[-1] == 0.0)

@@ -43,6 +43,9 @@ RULES: dict[str, Callable[[float, float, float], tuple[float, float, float]]] = 
     "published": lambda phi1, phi2, phi3: (phi1, phi2, phi3),
 }
 
+#: What diffusers calls them, as ``solver_type``.
+RULE_OF_TYPE = {"midpoint": "midpoint", "heun": "taylor"}
+
 
 @dataclass(frozen=True)
 class Points:

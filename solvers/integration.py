@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffalign.errors import RunFailed, UserError
-from diffalign.solvers.exponential import Equation, Points, Update, singlestep_end, update
+from diffalign.solvers.exponential import RULE_OF_TYPE, Equation, Points, Update, singlestep_end, update
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import linear, working_dtype
@@ -96,6 +96,7 @@ def integrate(
     atol: float | None = None,
     rtol: float | None = None,
     control: str = "batch",
+    solver_type: str = "midpoint",
     published: bool = False,
     max_evaluations: int = 100_000,
 ) -> Integration:
@@ -121,6 +122,9 @@ def integrate(
             1e-5.
         control: ``batch`` takes the steps that the worst image needs. ``sample`` lets each image have its
             own, which do not depend on the others; an image that is done waits for them.
+        solver_type: of both orders of an adaptive method, as in
+            :class:`~diffalign.solvers.dpm_solver_pp.DPMSolverPPScheduler`: ``midpoint``, or ``heun`` (the
+            papers' Taylor type).
         published: steps as the published code takes them: their growth is unbounded, and the end is reached
             within 1e-5 of the training time.
         max_evaluations: how many calls of the network are too many.
@@ -133,7 +137,7 @@ def integrate(
         UserError: for bad arguments.
         RunFailed: when the network's output is not finite, or the tolerance cannot be met.
     """
-    _check_choices(method, prediction_type, control, published)
+    _check_choices(method, prediction_type, control, solver_type, published)
     dtype = working_dtype(noise)
     tolerance = _tolerance(method, atol, rtol, dtype)
     start = schedule.t_max if t_start is None else float(t_start)
@@ -153,7 +157,10 @@ def integrate(
         return network(x, [end] * clocks, "sample") if t_end is None else x
 
     if method in ADAPTIVE:
-        x, accepted, rejected = _adaptive(network, x, start, end, ADAPTIVE[method], tolerance, published)
+        rule = RULE_OF_TYPE[solver_type]
+        x, accepted, rejected = _adaptive(
+            network, x, start, end, ADAPTIVE[method], tolerance, rule, published=published
+        )
         return Integration(finished(x).to(noise.dtype), network.calls, tuple(accepted), tuple(rejected))
     fine, good, bad = _dormand_prince(network, x, start, end, tolerance)
     coarse, *_ = _dormand_prince(network, x, start, end, tolerance.times(_COARSER))
@@ -162,12 +169,17 @@ def integrate(
     return Integration(fine.to(noise.dtype), network.calls, (good,), (bad,), tuple(error.detach().tolist()))
 
 
-def _check_choices(method: str, prediction_type: str, control: str, published: bool) -> None:
+def _check_choices(
+    method: str, prediction_type: str, control: str, solver_type: str, published: bool
+) -> None:
     check_choice("method", method, METHODS)
     check_choice("control", control, ("batch", "sample"))
+    check_choice("solver_type", solver_type, tuple(RULE_OF_TYPE))
     check_prediction_type(prediction_type)
-    if method == "reference" and (control == "sample" or published):
-        raise UserError("method='reference' takes one step for the batch, and has no published form")
+    if method == "reference" and (control == "sample" or solver_type != "midpoint" or published):
+        raise UserError(
+            "method='reference' takes one step for the batch, and has no solver types and no published form"
+        )
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,8 @@ def _adaptive(
     end: float,
     pair: Adaptive,
     tolerance: Tolerance,
+    rule: str,
+    *,
     published: bool,
 ) -> tuple[Tensor, list[int], list[int]]:
     """The sample at `end`, and the accepted and rejected steps of each clock."""
@@ -311,8 +325,8 @@ def _adaptive(
         for j in range(1, order):
             xs.append(_combined([update(p, equation, range(j), j, "taylor") for p in points], xs[:1], ms))
             ms.append(network(xs[j], [g[j] for g in grids], pair.form))
-        low = _combined([update(p, equation, range(pair.low), order, "midpoint") for p in points], xs[:1], ms)
-        high = _combined([singlestep_end(p, equation, range(order), "midpoint") for p in points], xs[:1], ms)
+        low = _combined([update(p, equation, range(pair.low), order, rule) for p in points], xs[:1], ms)
+        high = _combined([singlestep_end(p, equation, range(order), rule) for p in points], xs[:1], ms)
 
         errors = tolerance.error(high - low, low, x_before)
         if not network.per_image:

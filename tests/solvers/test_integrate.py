@@ -9,8 +9,10 @@ import torch
 
 from diffalign.errors import RunFailed, UserError
 from diffalign.solvers import DPMSolverPPScheduler, GaussianMixture, NoiseSchedule, integrate, sample
+from diffalign.solvers.exponential import Equation, Points, singlestep
 from diffalign.solvers.integration import ADAPTIVE
 from diffalign.solvers.mixture import relative_error
+from diffalign.solvers.prediction import convert
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,34 @@ def test_a_constant_data_prediction_is_one_long_step(small):
         torch.testing.assert_close(result.sample, constant)
         assert result.accepted[0] <= steps
         assert result.rejected == (0,)
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_one_step_is_that_of_the_singlestep_method(small, method, solver_type):
+    """Over less than the first step's length, with both orders agreeing, the higher one is the result."""
+    mixture, schedule, noise, _ = small
+    model, pair = mixture.model(schedule), ADAPTIVE[method]
+    start, end = 700.0, 690.0
+    low, high = (float(schedule.lambda_(t)) for t in (start, end))
+    assert 0.03 < high - low < 0.05
+    stages = schedule.t_of_lambda([low + (high - low) * u for u in pair.stages])
+    points = Points.at(schedule, [start, *stages, end])
+    equation = Equation(pair.form)
+    rule = {"midpoint": "midpoint", "heun": "taylor"}[solver_type]
+    updates = singlestep(points, equation, [pair.order], solver_type=rule)
+    x, xs, ms = noise, [], []
+    for time, update in zip([start, *stages], updates, strict=True):
+        xs.append(x)
+        alpha, sigma = (float(v) for v in schedule.alpha_sigma(time))
+        ms.append(convert(model(x, time), x, alpha, sigma, source="epsilon", to=pair.form))
+        x = sum(c * xs[j] for j, c in update.x.items()) + sum(c * ms[j] for j, c in update.m.items())
+    options = {"method": method, "t_start": start, "t_end": end, "solver_type": solver_type}
+    result = integrate(model, noise, schedule, **options)
+    assert (result.accepted, result.rejected) == ((1,), (0,))
+    assert relative_error(result.sample, x) < 1e-12
+    other = integrate(model, noise, schedule, **options | {"solver_type": "heun"})
+    assert (relative_error(other.sample, x) > 1e-9) == (solver_type == "midpoint")
 
 
 def test_a_network_that_is_not_finite_ends_the_run(small):
