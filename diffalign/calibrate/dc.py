@@ -1,7 +1,5 @@
 """``diffalign calibrate dc``: DC-Solver's ratios for a pipeline."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ from diffalign.calibrate.prompts import calibration_prompts
 from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.solvers.dc_search import Cascade, DCRatios
 
 RECORD = "calibration.json"
@@ -143,7 +141,7 @@ def run(config: CalibrateDCConfig) -> Path:
         name: getattr(config, name) for name in ("predictor", "solver_order", "dc_order", "grid")
     }
 
-    def keep(found: list[DCRatios], cascade: Cascade | None = None) -> None:
+    def keep(found: list["DCRatios"], cascade: "Cascade | None" = None) -> None:
         record = {
             "settings": asdict(config),
             "results": [asdict(result) for result in found],
@@ -175,9 +173,9 @@ def search(
     prompts: list[str],
     config: CalibrateDCConfig,
     *,
-    earlier: Sequence[DCRatios] = (),
-    keep: Callable[[list[DCRatios]], None] = lambda found: None,
-) -> list[DCRatios]:
+    earlier: Sequence["DCRatios"] = (),
+    keep: Callable[[list["DCRatios"]], None] = lambda found: None,
+) -> list["DCRatios"]:
     """The ratios of every guidance scale and number of steps that `config` names.
 
     Args:
@@ -233,7 +231,7 @@ def _evaluations(config: CalibrateDCConfig, n: int) -> int:
     return config.reference_steps + 2 * n + searched * (config.evaluations + 1)
 
 
-def _earlier(config: CalibrateDCConfig) -> list[DCRatios]:
+def _earlier(config: CalibrateDCConfig) -> list["DCRatios"]:
     """Results in the output folder that another run with these settings left.
 
     Raises:
@@ -262,7 +260,7 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _FREE}
 
 
-def _stored(found: list[DCRatios], cascade: Cascade | None) -> dict[str, Any]:
+def _stored(found: list["DCRatios"], cascade: "Cascade | None") -> dict[str, Any]:
     """The scheduler's options that hold the results."""
     if cascade is not None:
         return cascade.options()
@@ -272,7 +270,7 @@ def _stored(found: list[DCRatios], cascade: Cascade | None) -> dict[str, Any]:
     }
 
 
-def _table(found: list[DCRatios]) -> str:
+def _table(found: list["DCRatios"]) -> str:
     lines = [f"{'guidance':>8}  {'steps':>5}  {'held-out loss':>20}  {'less by':>7}  {'kept':>4}  ratios"]
     for result in found:
         before, after = result.held_out_before, result.held_out_after

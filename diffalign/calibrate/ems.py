@@ -1,7 +1,5 @@
 """``diffalign calibrate ems``: DPM-Solver-v3's statistics for a pipeline."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from diffalign.calibrate.prompts import calibration_prompts
 from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from torch import Tensor
 
     from diffalign.calibrate.guided import GuidedNetwork
@@ -142,8 +140,8 @@ def run(config: CalibrateEMSConfig) -> Path:
 
 
 def estimate_shard(
-    pipe: Any, prompts: list[str], config: CalibrateEMSConfig, out: Path, *, resume: Sums | None = None
-) -> Sums:
+    pipe: Any, prompts: list[str], config: CalibrateEMSConfig, out: Path, *, resume: "Sums | None" = None
+) -> "Sums":
     """The sums of this shard, continued from `resume`, kept in a file of `out`."""
     from tqdm.auto import tqdm
 
@@ -190,7 +188,9 @@ def estimate_shard(
         )
 
 
-def _samples(adapter: ModelAdapter, network: GuidedNetwork, config: CalibrateEMSConfig, done: int) -> Tensor:
+def _samples(
+    adapter: "ModelAdapter", network: "GuidedNetwork", config: CalibrateEMSConfig, done: int
+) -> "Tensor":
     """The model's own samples; only those are drawn that this shard still needs, the others stay 0."""
     import torch
     from tqdm.auto import tqdm
@@ -221,7 +221,7 @@ def _shard(config: CalibrateEMSConfig, k: int) -> list[int]:
     return list(range(k, config.samples, config.part[1]))
 
 
-def _earlier(config: CalibrateEMSConfig) -> Sums | None:
+def _earlier(config: CalibrateEMSConfig) -> "Sums | None":
     """The sums of this shard that another run with these settings left in the output folder.
 
     Raises:

@@ -1,7 +1,5 @@
 """``diffalign calibrate plan``: a sampler fitted to a pipeline, times and weights of every step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING
 from diffalign.calibrate import tables
 from diffalign.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.solvers.selection import Calibration
 
 
@@ -52,7 +50,7 @@ def run(config: CalibratePlanConfig) -> Path:
 
 def _fit(
     config: CalibratePlanConfig, task: tables.Task, steps: int, progress: Callable[[], object]
-) -> Calibration:
+) -> "Calibration":
     from diffalign.solvers import selection
 
     return selection.calibrate(

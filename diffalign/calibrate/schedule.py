@@ -1,7 +1,5 @@
 """``diffalign calibrate schedule``: how each step is made, searched for a pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.calibrate import tables
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.solvers.evolution import Genome
     from diffalign.solvers.selection import Calibration
 
@@ -47,7 +45,7 @@ def run(config: CalibrateScheduleConfig) -> Path:
 
 def _search(
     config: CalibrateScheduleConfig, task: tables.Task, steps: int, progress: Callable[[], object]
-) -> Calibration:
+) -> "Calibration":
     import math
 
     from diffalign.solvers import fitting, selection
@@ -59,11 +57,11 @@ def _search(
     solvers = tables.known_solvers(task.scheduler_config)
     baselines = selection.known(task.problem, task.truth, solvers, steps, mu=task.mu)
 
-    def table(genome: Genome) -> Table:
+    def table(genome: "Genome") -> Table:
         times = fitting.times_at(schedule, [step[0] for step in genome])
         return table_of(schedule, times, [step[1:] for step in genome])  # type: ignore[misc]
 
-    def described(genome: Genome) -> dict[str, Any]:
+    def described(genome: "Genome") -> dict[str, Any]:
         names = ("form", "order", "derivative", "corrector")
         return {"steps": [dict(zip(names, step[1:], strict=True)) for step in genome]}
 

@@ -1,7 +1,5 @@
 """What the commands that make tables for ``CalibratedScheduler`` share: all but how a table is found."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +11,7 @@ from diffalign.calibrate.prompts import calibration_prompts
 from diffalign.errors import UserError
 from diffalign.output import prepare, write_json
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.models import ModelAdapter
     from diffalign.solvers.calibrated import Table, Tables
     from diffalign.solvers.fitting import Problem, Truth
@@ -99,8 +97,8 @@ class Task:
         mu: shift of a flow model's grid for the size of the images, or None.
     """
 
-    problem: Problem
-    truth: Truth
+    problem: "Problem"
+    truth: "Truth"
     scheduler_config: Mapping[str, Any]
     mu: float | None
 
@@ -117,7 +115,7 @@ class Method(Generic[C]):
     """
 
     name: str
-    search: Callable[[C, Task, int, Callable[[], object]], Calibration]
+    search: Callable[[C, Task, int, Callable[[], object]], "Calibration"]
     work: Callable[[C], int]
     check: Callable[[C, Mapping[str, Any]], object] = lambda config, scheduler: None
 
@@ -149,12 +147,12 @@ def run(config: C, method: Method[C]) -> Path:
     source = pipe.scheduler.config
     info = {"guidance_scale": config.guidance_scale, "model": config.model, "method": method.name}
 
-    def scheduler_with(tables: Mapping[int, Table]) -> Any:
+    def scheduler_with(tables: Mapping[int, "Table"]) -> Any:
         content = Tables(dict(tables), NoiseSchedule.from_config(source).fingerprint(), "zero", info)
         # The tables hold the shift of the size that they were fitted at.
         return CalibratedScheduler.from_config(source, tables=content, use_dynamic_shifting=False)
 
-    def keep(tables: Mapping[int, Table]) -> None:
+    def keep(tables: Mapping[int, "Table"]) -> None:
         scheduler_with(tables).save_pretrained(out / "scheduler")
         results = {
             n: {**table.info, "timesteps": table.times.tolist()} for n, table in sorted(tables.items())
@@ -177,9 +175,9 @@ def tabled(
     config: C,
     method: Method[C],
     *,
-    earlier: Mapping[int, Table],
-    keep: Callable[[Mapping[int, Table]], None] = lambda tables: None,
-) -> dict[int, Table]:
+    earlier: Mapping[int, "Table"],
+    keep: Callable[[Mapping[int, "Table"]], None] = lambda tables: None,
+) -> dict[int, "Table"]:
     """The tables of every number of steps that ``config`` names, those of ``earlier`` as they are.
 
     Args:
@@ -213,7 +211,7 @@ def tabled(
     return tables
 
 
-def problem_of(adapter: ModelAdapter, prompts: list[str], config: TablesConfig) -> Problem:
+def problem_of(adapter: "ModelAdapter", prompts: list[str], config: TablesConfig) -> "Problem":
     """The model's network, its prompts and noises, as something to fit a sampler to."""
     import torch
 
@@ -246,7 +244,7 @@ def grids_for(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ("auto",) if NoiseSchedule.from_config(config).is_flow else GRIDS
 
 
-def known_solvers(config: Mapping[str, Any]) -> dict[str, PlanScheduler]:
+def known_solvers(config: Mapping[str, Any]) -> dict[str, "PlanScheduler"]:
     """Every solver that a search may start from, for a model with this scheduler config."""
     from diffalign.pipelines.load import make_scheduler
 
@@ -265,7 +263,7 @@ def solver_name(solver: str, order: int, grid: str) -> str:
     return f"{solver} of order {order}, {grid}"
 
 
-def _earlier(config: TablesConfig, method: str) -> Tables | None:
+def _earlier(config: TablesConfig, method: str) -> "Tables | None":
     """Tables in the output folder that another run with these settings left."""
     from diffalign.solvers.calibrated import Tables
     from diffalign.solvers.statistics import FILE
@@ -290,7 +288,7 @@ def _earlier(config: TablesConfig, method: str) -> Tables | None:
     return Tables.load(out / "scheduler" / FILE)
 
 
-def report(tables: Mapping[int, Table]) -> str:
+def report(tables: Mapping[int, "Table"]) -> str:
     """What was gained on the held-out noises, as a table to print."""
     lines = [
         "relative errors on the held-out noises; what does not beat the best known solver there is not kept",

@@ -1,7 +1,5 @@
 """``diffalign calibrate timesteps``: where a solver asks the network, searched for a pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffalign.calibrate import tables
 from diffalign.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.solvers.evolution import Genome
     from diffalign.solvers.scheduler import PlanScheduler
     from diffalign.solvers.selection import Calibration
@@ -58,7 +56,7 @@ def run(config: CalibrateTimestepsConfig) -> Path:
     return tables.run(config, METHOD)
 
 
-def on_grids(config: CalibrateTimestepsConfig, scheduler: Mapping[str, Any]) -> dict[str, PlanScheduler]:
+def on_grids(config: CalibrateTimestepsConfig, scheduler: Mapping[str, Any]) -> dict[str, "PlanScheduler"]:
     """The solver on each of its grids, by name.
 
     Raises:
@@ -95,7 +93,7 @@ def on_grids(config: CalibrateTimestepsConfig, scheduler: Mapping[str, Any]) -> 
 
 def _search(
     config: CalibrateTimestepsConfig, task: tables.Task, steps: int, progress: Callable[[], object]
-) -> Calibration:
+) -> "Calibration":
     from diffalign.solvers import fitting, selection
     from diffalign.solvers.calibrated import Table, trace
     from diffalign.solvers.evolution import Space
@@ -117,7 +115,7 @@ def _search(
         )
     schedule, solver = task.problem.schedule, next(iter(solvers.values()))
 
-    def table_of(genome: Genome) -> Table:
+    def table_of(genome: "Genome") -> Table:
         times = fitting.times_at(schedule, [place for (place,) in genome])
         told, weights = trace(solver, timesteps=times.tolist())
         return Table(told[:-1], weights)
