@@ -169,6 +169,13 @@ COMMANDS: dict[str, Command] = {
         "Flow-RWR: fine-tuning on scored images, better ones counting for more",
         "diffalign train flow-rwr --config configs/train/flow_rwr_sd3.yaml --dataset_name scored/ --tau 0.5",
     ),
+    "train list-dpo": Command(
+        "diffalign.trainers.list_dpo:ListDPOConfig",
+        "diffalign.trainers.list_dpo:run",
+        "DPO on lists of scored images of one prompt: rankings, soft targets",
+        "diffalign train list-dpo --pretrained_model_name_or_path playground/sd --dataset_name scored_lists/ "
+        "--list_length 4",
+    ),
     "train mapo": Command(
         "diffalign.trainers.mapo:MaPOConfig",
         "diffalign.trainers.mapo:run",

@@ -552,6 +552,32 @@ def lambda_rank(log_ratio: Tensor, beta: Beta, *, rewards: Tensor) -> Tensor:
     return (weight * better * -logsigmoid(beta * differences(log_ratio))).sum((-2, -1))
 
 
+@dataclass(frozen=True)
+class ListLoss:
+    """A row of :data:`LIST_LOSSES`.
+
+    ``fn(log_ratio, beta, **options) -> (B,)`` of ``log_ratio (B, K)``, columns from the best image to the
+    worst, against a reference; ``options``: the names of its own settings; ``rewards``: whether it is given
+    ``rewards (B, K)`` as well.
+    """
+
+    fn: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    rewards: bool = False
+
+    def __call__(self, log_ratio: Tensor, beta: Beta, rewards: Tensor, **options: float) -> Tensor:
+        """The loss ``(B,)``."""
+        given = {"rewards": rewards} if self.rewards else {}
+        return self.fn(log_ratio, beta, **given, **options)
+
+
+LIST_LOSSES: dict[str, ListLoss] = {
+    "plackett_luce": ListLoss(plackett_luce),
+    "soft_targets": ListLoss(soft_targets, options=("temperature",), rewards=True),
+    "lambda_rank": ListLoss(lambda_rank, rewards=True),
+}
+
+
 # ------------------------------------------------------- on predictions
 
 

@@ -12,6 +12,7 @@ from diffalign.trainers.diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTra
 from diffalign.trainers.flow_dpo import FlowDPOConfig, FlowDPOTrainer
 from diffalign.trainers.flow_rwr import FlowRWRConfig, FlowRWRTrainer
 from diffalign.trainers.kto import DiffusionKTOConfig, DiffusionKTOTrainer
+from diffalign.trainers.list_dpo import ListDPOConfig, ListDPOTrainer
 from diffalign.trainers.mapo import MaPOConfig, MaPOTrainer
 from diffalign.trainers.seppo import SePPOConfig, SePPOTrainer
 from diffalign.trainers.sft import SFTConfig, SFTTrainer
@@ -30,6 +31,8 @@ __all__ = [
     "FlowDPOTrainer",
     "FlowRWRConfig",
     "FlowRWRTrainer",
+    "ListDPOConfig",
+    "ListDPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
     "SePPOConfig",

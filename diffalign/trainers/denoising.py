@@ -205,7 +205,7 @@ class DenoisingTrainer(Trainer[D]):
             self.held_out = self._open(config.validation_dataset, config.validation_pairs)
         elif config.validation_share:
             self.examples, held_out = self.examples.split_by_prompt(config.validation_share)
-            self.held_out = held_out[: config.validation_pairs]
+            self.held_out = held_out[: config.validation_pairs * self.rows_of_example]
             if not len(self.examples) or not len(self.held_out):
                 raise UserError(
                     f"validation_share {config.validation_share} leaves {len(self.examples)} examples to "
@@ -224,6 +224,11 @@ class DenoisingTrainer(Trainer[D]):
         adapter = super()._load_model()
         adapter.check_clip(self.config.clip)
         return adapter
+
+    @property
+    def rows_of_example(self) -> int:
+        """How many rows of the data one example is made of."""
+        return 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -294,7 +299,7 @@ class DenoisingTrainer(Trainer[D]):
         drawn = [self._draw(step, slot, row) for slot, row in zip(slots, rows, strict=True)]
         return self._views(self.data, rows, drawn)
 
-    def _views(self, data: CachedExamples, rows: list[int], drawn: list[_Draw]) -> dict[str, Any]:
+    def _views(self, data: CachedExamples, rows: list[int], drawn: list[Draw]) -> dict[str, Any]:
         """Rows of the data, mirrored and under one of their prompts as drawn; as they are in a validation."""
         if not data.draws or any(draw.t is not None for draw in drawn):
             return data.batch(rows)
@@ -304,7 +309,7 @@ class DenoisingTrainer(Trainer[D]):
             for row, draw in zip(rows, drawn, strict=True)
         )
 
-    def _assemble(self, found: dict[str, Any], drawn: list[_Draw], rows: list[int]) -> Batch:
+    def _assemble(self, found: dict[str, Any], drawn: list[Draw], rows: list[int]) -> Batch:
         """A :meth:`CachedExamples.batch` of B examples and K draws for each, as a batch on the device."""
         sides, count = found["latents"].shape[1], len(drawn) // len(rows)
         noises, times, without = zip(*(self._made(d, found["latents"].shape[2:]) for d in drawn), strict=True)
@@ -349,12 +354,12 @@ class DenoisingTrainer(Trainer[D]):
             sides=tuple(range(sides)),
         )
 
-    def _draw(self, step: int, slot: int, row: int, number: int = 0) -> _Draw:
+    def _draw(self, step: int, slot: int, row: int, number: int = 0) -> Draw:
         """The draw for the example at a place of a step, or one of several."""
         config, count = self.config, self.config.reference_draws
         if count:
             return self._fixed(row, int(draws.generator(config.seed, "draw", step, slot).integers(count)))
-        draw = _Draw(("noise", step, slot, number) if number else ("noise", step, slot))
+        draw = Draw(("noise", step, slot, number) if number else ("noise", step, slot))
         if not config.stratified_times:
             return draw
         # Of K draws the k-th lies in the k-th part of (0, 1), which the examples of the step share evenly.
@@ -362,10 +367,10 @@ class DenoisingTrainer(Trainer[D]):
         shares = (draws.quantile((config.seed, *part), slot, self.pairs_per_step) for part in parts)
         return draw._replace(quantiles=tuple((number + u) / config.draws_per_example for u in shares))
 
-    def _fixed(self, row: int, number: int) -> _Draw:
-        return _Draw(("fixed", self.data.keys[row], number), number)
+    def _fixed(self, row: int, number: int) -> Draw:
+        return Draw(("fixed", self.data.keys[row], number), number)
 
-    def _made(self, draw: _Draw, shape: torch.Size) -> tuple[np.ndarray, tuple[float, ...], bool]:
+    def _made(self, draw: Draw, shape: torch.Size) -> tuple[np.ndarray, tuple[float, ...], bool]:
         """Noise ``(1 or sides, C, h, w)``, times, and whether the caption is dropped."""
         numbers = draws.generator(self.config.seed, *draw.purpose)
         if draw.t is not None:
@@ -468,8 +473,8 @@ class DenoisingTrainer(Trainer[D]):
         )
         return errors if weight is None else errors * weight.to(errors)[:, None]
 
-    def _validation_draw(self, row: int, number: int) -> _Draw:
-        return _Draw(("validation", row, number), number, self._validation_time(number))
+    def _validation_draw(self, row: int, number: int) -> Draw:
+        return Draw(("validation", row, number), number, self._validation_time(number))
 
     def _validation_time(self, number: int) -> float:
         return self._known(draws.time_at(self.adapter.schedule, validation.TIMES[number]))
@@ -479,7 +484,7 @@ class DenoisingTrainer(Trainer[D]):
         data: CachedExamples,
         rows: Sequence[int],
         count: int,
-        draw: Callable[[int, int], _Draw],
+        draw: Callable[[int, int], Draw],
         *,
         label: str,
     ) -> Tensor:
@@ -530,7 +535,7 @@ class DenoisingTrainer(Trainer[D]):
         return errors.averaged(len(batch.draws) // len(batch.rows), len(batch.sides))
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """Where the randomness of an example comes from: its place in the run, or one of its fixed draws."""
 
     purpose: tuple[int | str, ...]
