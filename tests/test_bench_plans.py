@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from diffalign.bench import plans
+from diffalign.bench.family import union
 from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.bench.plans import Case, PlansConfig, contest, errors_of, mixture_problem, table, uncalibrated
 from diffalign.cli import main
 from diffalign.pipelines.load import make_scheduler
 from diffalign.solvers import GaussianMixture, NoiseSchedule, sample
-from diffalign.solvers.calibrated import Table, trace
+from diffalign.solvers.calibrated import Table, Tables, trace
 from diffalign.solvers.fitting import Problem, judge, solve
+from diffalign.solvers.stepwise import stepwise
 
 SCHEDULE = NoiseSchedule.from_config(SD_SCHEDULER)
 SMALL = {
@@ -178,6 +180,90 @@ def test_fit_and_test_share_no_noise_and_seeds_differ():
     ]
     firsts = [noise[0] for noise in noises]
     assert len({tuple(one.tolist()) for one in firsts}) == 4
+
+
+def test_a_family_shares_one_table_and_is_judged_on_others(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "plans"
+    family = ["--family", "mixture-1", "mixture-2", "--family_guidance", "1", "3", "--steps", "3"]
+    fitted, judged = [], []
+    whole, look = plans.calibrated, plans.judge
+    monkeypatch.setattr("diffalign.bench.family.calibrated", lambda f, n: fitted.append(n) or whole(f, n))
+    monkeypatch.setattr(
+        plans, "judge", lambda p, t, table, rows: judged.append(table) or look(p, t, table, rows)
+    )
+    assert main(words(folder, *family, "--mixture_guidance", "2", "4", "--seeds", "0")) == 0
+    assert fitted == [3]
+    (found,) = (folder / "cells").glob("family-*")
+    kept = Tables.load(found).of(3)
+    assert [table.times.tolist() for table in judged] == [kept.times.tolist()] * 2
+    assert kept.info["noises"] == 2 * 2 * SMALL["noises"]
+    rows = json.loads((folder / "plans.json").read_text())["rows"]
+    assert [row["goal"] == "met" for row in rows] == [
+        row["ratio p90"] <= 1 >= row["ratio mean"] for row in rows
+    ]
+    # A further problem is judged with the table that is there.
+    assert main(words(folder, "mixture-5", *family, "--mixture_guidance", "2", "--seeds", "0")) == 0
+    assert fitted == [3]
+    assert len(judged) == 3
+    capsys.readouterr()
+
+
+def test_a_union_is_its_members():
+    """Rows, states and errors are those of the problems themselves, whatever their shapes and precisions."""
+    schedule = SCHEDULE
+    generator = torch.Generator().manual_seed(0)
+    square = Problem(
+        lambda x, t, alpha, sigma, rows: (
+            x * alpha + torch.arange(rows.start, rows.stop)[:, None, None] * sigma
+        ).tanh(),
+        schedule,
+        torch.randn(6, 2, 3, generator=generator),
+        batch_size=4,
+        held_out=2,
+    )
+    mixture = mixture_problem(GaussianMixture.random(seed=3), 2.0, 5, 1, held_out=3)
+    both = union([square, mixture])
+    assert [both.parts[0].stop, both.parts[1].stop] == [4 + 2, 11]
+    assert both.noise.dtype == torch.float64
+    truth, alone = solve(both, 12), [solve(one, 12) for one in (square, mixture)]
+    times, weights = trace(make_scheduler("unipc", SD_SCHEDULER, final_sigmas_type="zero"), 4)
+    table = Table(times[:-1], weights)
+    found = judge(both, truth, table, slice(0, 11))
+    own = [
+        judge(one, t, table, slice(0, len(one.noise)))
+        for one, t in zip((square, mixture), alone, strict=True)
+    ]
+    np.testing.assert_allclose(found[[0, 1, 2, 3, 6, 7]], own[0], rtol=1e-4)
+    np.testing.assert_allclose(found[[4, 5, 8, 9, 10]], own[1], rtol=1e-9)
+    assert len(stepwise(both, truth, times[:-1])) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--family", "mixture-0"], "--problems has mixture-0 of --family"),
+        (["--family", "mixture-x"], "--family: a mixture is named by its seed"),
+        (["--family", "[]"], "--family is empty"),
+        (["--family", "mixture-1", "--family_guidance", "0"], "--family_guidance must be 1 or more"),
+        (
+            ["playground/flow", "--family", "mixture-1"],
+            "playground/flow has another noise schedule than mixture-1",
+        ),
+    ],
+)
+def test_families_that_cannot_be_are_refused(tmp_path, capsys, options, said):
+    assert main(words(tmp_path / "x", *options)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_from_before_an_option_goes_on(tmp_path):
+    base = ["--steps", "3", "--mixture_guidance", "1", "--seeds", "0"]
+    assert main(words(tmp_path, *base)) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    older = {name: value for name, value in settings.items() if not name.startswith("family")}
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    assert main(words(tmp_path, *base, "--family", "mixture-1")) == 2
+    assert main(words(tmp_path, *base)) == 0
 
 
 def cell(seed, plan, best, **more):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def open_folder(config: Any, free: Collection[str], pieces: str) -> Path:
     settings = json.loads(json.dumps(settings))
     file = Path(config.output_dir).expanduser() / SETTINGS
     known = json.loads(file.read_text()) if file.is_file() else None
+    if known is not None:  # options that came later were at their defaults
+        known = {name: value for name, value in _defaults(config).items() if name in settings} | known
     if known is not None and known != settings and not config.overwrite:
         other = [f"--{name}" for name, value in settings.items() if known.get(name) != value]
         raise UserError(
@@ -45,6 +47,16 @@ def open_folder(config: Any, free: Collection[str], pieces: str) -> Path:
             shutil.rmtree(path)
     output.write_json(folder / SETTINGS, settings)
     return folder
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The defaults of the options that have one, as JSON holds them."""
+    found = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in fields(config)
+        if one.default is not MISSING or one.default_factory is not MISSING
+    }
+    return dict(json.loads(json.dumps(found, default=asdict)))
 
 
 @dataclass(frozen=True)
