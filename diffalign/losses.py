@@ -79,10 +79,16 @@ def nca_pair(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
     return -logsigmoid(w) - 0.5 * logsigmoid(-w) - 0.5 * logsigmoid(-l)
 
 
-def bco_pair(chosen: Tensor, rejected: Tensor, beta: Beta, *, offset: float = 0.0) -> Tensor:
+def bco_pair(chosen: Tensor, rejected: Tensor, beta: Beta, *, offset: float | Tensor = 0.0) -> Tensor:
     """``-log s(b d_w - c) - log s(c - b d_l)``: binary classifier optimisation (Jung et al. 2024), with
     offset c."""
     return -logsigmoid(beta * chosen - offset) - logsigmoid(offset - beta * rejected)
+
+
+def bco(chosen: Tensor, rejected: Tensor, beta: Beta, *, reward_mean: float | Tensor) -> Tensor:
+    """:func:`bco_pair` whose offset is the running mean of the rewards ``beta d`` of all images, as
+    published: what is classified is whether an image gained more than usual."""
+    return bco_pair(chosen, rejected, beta, offset=reward_mean)
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: Beta) -> Tensor:
@@ -348,7 +354,7 @@ def _phi_minus_one(x: Tensor) -> Tensor:
 
 
 #: Tensors that a loss may ask for beside the log-ratios.
-LossInput = Literal["reference_margin", "policy_chosen", "preference", "gap"]
+LossInput = Literal["reference_margin", "policy_chosen", "preference", "gap", "reward_mean"]
 
 
 @dataclass(frozen=True)
@@ -359,7 +365,8 @@ class Loss:
     reference (if not, no reference is run or loaded); ``options``: the names of its own settings; ``inputs``:
     further tensors (B,) that it is given by name: ``reference_margin`` is ``ell_ref(w) - ell_ref(l)``,
     ``policy_chosen`` the policy's ``ell(w)``, ``preference`` the probability that the chosen image wins,
-    ``gap`` the difference of the images' scores; ``batchwise``: whether the pairs of a batch see one another.
+    ``gap`` the difference of the images' scores, ``reward_mean`` a running mean of ``beta d``;
+    ``batchwise``: whether the pairs of a batch see one another.
     """
 
     fn: Callable[..., Tensor]
@@ -376,6 +383,7 @@ class Loss:
         *,
         preference: Tensor | None = None,
         gap: Tensor | None = None,
+        reward_mean: float = 0.0,
         **options: float,
     ) -> Tensor:
         """The loss ``(B,)`` from log-likelihoods ``(2B,)`` of ``[chosen_1..B, rejected_1..B]``.
@@ -391,6 +399,7 @@ class Loss:
             "policy_chosen": policy.chunk(2)[0],
             "preference": torch.ones_like(chosen) if preference is None else preference,
             "gap": torch.zeros_like(chosen) if gap is None else gap,
+            "reward_mean": torch.full_like(chosen, reward_mean),
         }
         return self.fn(chosen, rejected, beta, **options, **{name: given[name] for name in self.inputs})
 
@@ -409,6 +418,7 @@ LOSSES: dict[str, Loss] = {
     "dmpo": Loss(dmpo, options=("label_smoothing",)),
     "nca_pair": Loss(nca_pair),
     "bco_pair": Loss(bco_pair, options=("offset",)),
+    "bco": Loss(bco, inputs=("reward_mean",)),
     "ddo": Loss(ddo, options=("fake_weight",)),
     "kto_pair": Loss(kto_pair, batchwise=True),
     "seppo": Loss(seppo),

@@ -29,7 +29,7 @@ from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.denoising import Batch
 from diffalign.trainers.moving import MovingConfig, MovingReferenceTrainer
 
-MARGIN_MEMORY = 0.95  # of the running mean that an automatic beta follows
+MEMORY = 0.95  # of the running means of margins (of an automatic beta) and of gains (of the loss bco)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +170,22 @@ class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
         self.needs_predictions = config.sdpo_mu is not None or config.dspo_beta > 0
         self.beta = config.beta_dpo
         self._margin: float | None = None
+        self._gain = 0.0
 
-    def after_step(self, margin: float) -> None:
-        if self.config.beta_target and margin > 0 and not self.warming:
+    def after_step(self, margin: float, gain: float) -> None:
+        if self.warming:
+            return
+        self._gain = MEMORY * self._gain + (1 - MEMORY) * gain
+        if self.config.beta_target and margin > 0:
             before = margin if self._margin is None else self._margin
-            self._margin = MARGIN_MEMORY * before + (1 - MARGIN_MEMORY) * margin
+            self._margin = MEMORY * before + (1 - MEMORY) * margin
             self.beta = automatic_beta(self._margin, target=self.config.beta_target)
 
     def state(self) -> dict[str, Any]:
-        return {"margin": self._margin, "beta": self.beta} if self.config.beta_target else {}
+        return {"margin": self._margin, "beta": self.beta, "gain": self._gain}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self._gain = state.get("gain", 0.0)
         if self.config.beta_target and state:
             self._margin, self.beta = state["margin"], state["beta"]
 
@@ -225,17 +230,31 @@ class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
 
     def _term(self, term: LossTerm, policy: Tensor, reference: Tensor | None, batch: Batch) -> Tensor:
         """One loss ``(B,)`` of log-likelihoods ``(2B,)``."""
-        loss, preference = LOSSES[term.name], batch.preference
+        loss, preference, gap = LOSSES[term.name], batch.preference, batch.gap
         beta = self.beta if term.beta is None else term.beta
-        given = (policy, reference) if loss.reference else (policy, None)
-        options: dict[str, Any] = {**term.options}
-        losses = loss(*given, beta, preference=preference, gap=batch.gap, **options)
-        if self.config.ties != "soft" or "preference" in loss.inputs:
+        reference = reference if loss.reference else None
+        together = loss.batchwise and self.accelerator.num_processes > 1
+        if together:
+            policy, preference, gap = self._all(policy, 2), self._all(preference), self._all(gap)
+            reference = None if reference is None else self._all(reference, 2)
+        options: dict[str, Any] = {"reward_mean": beta * self._gain, **term.options}
+        losses = loss(policy, reference, beta, preference=preference, gap=gap, **options)
+        if self.config.ties == "soft" and "preference" not in loss.inputs:
+            # The chosen one won only with this probability.
+            turned = (swap(policy), None if reference is None else swap(reference))
+            swapped = loss(*turned, beta, preference=preference, gap=-gap, **options)
+            losses = preference * losses + (1 - preference) * swapped
+        if not together:
             return losses
-        # The chosen one won only with this probability.
-        turned = (swap(policy), None if given[1] is None else swap(given[1]))
-        swapped = loss(*turned, beta, preference=preference, gap=-batch.gap, **options)
-        return preference * losses + (1 - preference) * swapped
+        # Each process has the loss of all pairs and the gradient of its own: their mean is to be the whole.
+        mean = (losses * self._all(batch.weight)).mean() / batch.weight
+        return scale_gradient(mean, torch.full_like(mean, self.accelerator.num_processes))
+
+    def _all(self, rows: Tensor, sides: int = 1) -> Tensor:
+        """Rows ``(sides * B,)`` of all processes, side by side, with the gradient of this one's own."""
+        own, rank = rows.reshape(1, sides, -1), self.accelerator.process_index
+        gathered = self.accelerator.gather(own.detach())
+        return torch.cat([gathered[:rank], own, gathered[rank + 1 :]]).transpose(0, 1).flatten()
 
 
 def spare_winner(errors: Errors, residual: Tensor, mu: float, per_pair: bool) -> Errors:

@@ -131,8 +131,9 @@ class PairTrainer(DenoisingTrainer[P]):
 
     # ---------------------------------------------------------------- metrics
 
-    def after_step(self, margin: float) -> None:
-        """Called once per step, in all processes alike, with the mean of ``|d_chosen - d_rejected|``."""
+    def after_step(self, margin: float, gain: float) -> None:
+        """Called once per step, in all processes alike, with the mean of ``|d_chosen - d_rejected|`` and of
+        ``d`` over all images."""
 
     def _sums(self, errors: Errors, logit: Tensor, batch: Batch) -> Tensor:
         """What :meth:`summarise` reads, in its order; stays on the device."""
@@ -156,7 +157,7 @@ class PairTrainer(DenoisingTrainer[P]):
         means = [value / pairs for value in sums[:12]]
         chosen, rejected, margin, square, size, won, lost, factor = means[:8]
         beta = self.beta
-        self.after_step(size / beta)
+        self.after_step(size / beta, (chosen + rejected) / (2 * beta))
         shown = SIDES if self.needs_reference else SIDES[:2]
         counts, *binned = np.array(sums[12:-1]).reshape(-1, 2, TIME_BINS).tolist()  # of chosen and rejected
         by_time = {

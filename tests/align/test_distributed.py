@@ -22,6 +22,7 @@ from diffalign.data.convert import ConvertConfig, convert, run
 from diffalign.errors import UserError
 from diffalign.output import write_json
 from diffalign.trainers import checkpoint, setup
+from diffalign.trainers.diffusion_dpo import LossTerm
 
 LORA = "pytorch_lora_weights.safetensors"
 NETWORK = "unet/diffusion_pytorch_model.safetensors"
@@ -245,3 +246,23 @@ def test_accelerate_takes_the_shipped_configs(path):
         assert config.deepspeed_config["zero_stage"] == 2
     else:
         assert config.distributed_type == DistributedType.MULTI_GPU
+
+
+def test_losses_over_the_batch_see_the_pairs_of_all_processes(trainer, log, tmp_path, pairs):
+    """And a beta that follows the margins is one number everywhere."""
+    options = SMALL | {"losses": [LossTerm(name="aot"), LossTerm(name="kto_pair", weight=0.5)]}
+    some = pairs[:12]
+    some.prompt_weights = True  # 2/3 for the prompts that two of them share, else 4/3
+    options["dataset"] = some
+    trainer("one", train_batch_size=8, **options).train()
+
+    def work(rank):
+        trainer("two", train_batch_size=4, **options).train()
+        follower = trainer("beta", train_batch_size=4, beta_target=0.3, learning_rate=1e-2)
+        follower.train()
+        (tmp_path / f"beta{rank}").write_text(repr(follower.beta))
+
+    processes(2, work, tmp_path)
+    assert_alike(tmp_path / "one", tmp_path / "two", log)
+    betas = [(tmp_path / f"beta{rank}").read_text() for rank in (0, 1)]
+    assert betas[0] == betas[1] != "2000.0"

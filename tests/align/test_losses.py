@@ -306,7 +306,13 @@ def test_alpha_divergence_and_simpo_match_the_published_formulas(dtype):
 
 def extras(name, count):
     """What a loss wants beside the log-ratios, for a policy at its reference."""
-    values = {"reference_margin": 0.0, "policy_chosen": -0.3, "preference": 1.0, "gap": 1.0}
+    values = {
+        "reference_margin": 0.0,
+        "policy_chosen": -0.3,
+        "preference": 1.0,
+        "gap": 1.0,
+        "reward_mean": 0.0,
+    }
     return {key: torch.full((count,), values[key], dtype=torch.float64) for key in LOSSES[name].inputs}
 
 

@@ -611,6 +611,33 @@ def test_terms_have_weights_and_betas_of_their_own(trainer):
     assert logit.item() == pytest.approx(10.0)
 
 
+def test_the_offset_of_bco_is_the_running_mean_of_the_rewards_and_resumes(trainer, log):
+    options = {"loss_type": "bco", "max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2}
+    run = trainer(**options)
+    run.train()
+    mean = 0.0
+    for record in log(run.folder):
+        mean = 0.95 * mean + 0.05 * (record["rewards/chosen"] + record["rewards/rejected"]) / 2
+    assert 2000 * run._gain == pytest.approx(mean, rel=1e-4)
+    assert mean != 0
+    errors = Errors(torch.tensor([0.3, 0.2]), torch.tensor([0.31, 0.2]))
+    got, _ = run.pair_loss(errors, judged(1))
+    wanted = losses.bco_pair(torch.tensor([0.005]), torch.tensor([0.0]), 2000.0, offset=2000 * run._gain)
+    torch.testing.assert_close(got, wanted)
+    again = trainer(**options, resume_from_checkpoint="checkpoint-2")
+    again.train()
+    assert again._gain == run._gain
+
+
+def test_time_bins_are_quarters_of_the_models_own_schedule(trainer, model_folder, log):
+    pipe = load(model_folder)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, num_train_timesteps=200)
+    run = trainer(model=pipe, max_train_steps=1, timesteps=[10.0, 60.0])
+    run.train()
+    bins = log(run.folder)[0]["errors_by_time"]["chosen"]
+    assert [value is None for value in bins] == [False, False, True, True]
+
+
 def test_a_sum_without_any_reference_runs_none(trainer):
     run = trainer(losses=[LossTerm(name="cpo", beta=10.0), LossTerm(name="sft", beta=1.0)])
     run.train()
