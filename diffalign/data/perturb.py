@@ -25,6 +25,8 @@ Level = Literal["weak", "medium", "strong"]
 #: level -> (share of words that the rules change, lexical diversity that DIPPER is asked for, of 100)
 LEVELS: dict[str, tuple[float, int]] = {"weak": (0.15, 40), "medium": (0.3, 60), "strong": (0.6, 80)}
 
+WINDOW = 3  # sentences that a paraphraser sees at a time
+
 # Words that can stand for one another in captions without changing much.
 _SYNONYMS = (
     ("big", "large", "huge"),
@@ -122,7 +124,8 @@ _EDITS: tuple[Callable[[list[str], random.Random], list[str]], ...] = (_replace,
 class DipperPerturber:
     """A paraphraser of the kind of DIPPER (Krishna et al. 2023), as published for DCPO.
 
-    Lexical diversity by level, no reordering, nucleus sampling at 0.75.
+    Lexical diversity by level, no reordering, nucleus sampling at 0.75. Three sentences at a time are
+    rewritten, with what has been written of the caption so far before them.
 
     Args:
         path: folder or hub id of a T5 that paraphrases.
@@ -162,23 +165,41 @@ class DipperPerturber:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[str]:
-        head = f"lexical = {100 - LEVELS[self._level][1]}, order = 100"
-        said: list[str] = []
+        said = [""] * len(captions)
+        windows = [_windows(caption) for caption in captions]
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
-            for first in range(0, len(captions), self._batch):
-                part = captions[first : first + self._batch]
-                texts = [f"{head} {self._prefix} <sent> {caption} </sent>" for caption in part]
-                inputs = self._tokenizer(texts, return_tensors="pt", padding=True).to(self._model.device)
-                tokens = self._model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    do_sample=True,
-                    top_p=0.75,
-                    max_new_tokens=self._length,
-                )
-                said += self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in said]
+            for number in range(max(map(len, windows), default=0)):
+                rows = [row for row, parts in enumerate(windows) if number < len(parts)]
+                for first in range(0, len(rows), self._batch):
+                    batch = rows[first : first + self._batch]
+                    written = self._rewritten([(said[row], windows[row][number]) for row in batch])
+                    for row, text in zip(batch, written, strict=True):
+                        said[row] = f"{said[row]} {text}".strip()
+        return said
+
+    def _rewritten(self, parts: list[tuple[str, str]]) -> list[str]:
+        """Of each (what stands before, sentences) the sentences anew."""
+        head = f"lexical = {100 - LEVELS[self._level][1]}, order = 100"
+        texts = [
+            " ".join(f"{head} {self._prefix} {before} <sent> {now} </sent>".split()) for before, now in parts
+        ]
+        inputs = self._tokenizer(texts, return_tensors="pt", padding=True).to(self._model.device)
+        tokens = self._model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=True,
+            top_p=0.75,
+            max_new_tokens=self._length,
+        )
+        decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in decoded]
+
+
+def _windows(caption: str) -> list[str]:
+    """The caption in parts of :data:`WINDOW` sentences."""
+    sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
+    return [" ".join(sentences[k : k + WINDOW]) for k in range(0, len(sentences), WINDOW)]
 
 
 @dataclass(kw_only=True)
@@ -190,6 +211,7 @@ class PerturbConfig(CopyConfig):
             caption (then the chosen image keeps its own; make them with 'diffalign data caption').
         level: weak, medium or strong.
         perturber: folder or hub id of a paraphrasing T5 such as DIPPER; rules without a model unless given.
+        prefix: what the paraphraser is told before each caption, such as an instruction.
         seed: of the rewriting.
         device: cpu, cuda, ...
     """
@@ -197,6 +219,7 @@ class PerturbConfig(CopyConfig):
     of: Literal["prompt", "caption"] = "prompt"
     level: Level = "medium"
     perturber: str | None = None
+    prefix: str = ""
     seed: int = 0
     device: str = "cpu"
 
@@ -224,11 +247,17 @@ def run(config: PerturbConfig) -> Path:
             "caption', or rewrite the prompt with --of prompt"
         )
     perturber: CaptionPerturber
+    if config.prefix and config.perturber is None:
+        raise UserError("prefix is told to a paraphrasing model: give --perturber as well")
     if config.perturber is None:
         perturber = RulePerturber(config.level, config.seed)
     else:
         perturber = DipperPerturber(
-            config.perturber, level=config.level, device=config.device, seed=config.seed
+            config.perturber,
+            level=config.level,
+            prefix=config.prefix,
+            device=config.device,
+            seed=config.seed,
         )
-    settings = {name: getattr(config, name) for name in ("of", "level", "perturber", "seed")}
+    settings = {name: getattr(config, name) for name in ("of", "level", "perturber", "prefix", "seed")}
     return copy(config, dataset, lambda pairs: perturb(pairs, perturber, config.of), settings, "perturb")

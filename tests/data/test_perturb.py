@@ -58,6 +58,8 @@ def test_the_command(make, tmp_path, capsys):
     command = ["data", "perturb", "--dataset", str(folder), "--output_dir", str(tmp_path / "other")]
     assert main([*command, "--of", "caption"]) == 2
     assert "no captions of their own" in capsys.readouterr().err
+    assert main([*command, "--prefix", "Rewrite:"]) == 2
+    assert "give --perturber as well" in capsys.readouterr().err
 
 
 def test_a_paraphrasing_model(tmp_path):
@@ -82,5 +84,10 @@ def test_a_paraphrasing_model(tmp_path):
     said = rewrite(["a red star", "two", "three"])
     assert len(said) == 3
     assert said == rewrite(["a red star", "two", "three"])
+    asked = []
+    rewrite._rewritten = lambda parts: asked.extend(parts) or [now.upper() for _, now in parts]
+    caption = "One. Two! Three? Four 4.5 m. Five."
+    assert rewrite([caption, "short"]) == [caption.upper(), "SHORT"]
+    assert asked == [("", "One. Two! Three?"), ("", "short"), ("ONE. TWO! THREE?", "Four 4.5 m. Five.")]
     with pytest.raises(UserError, match="leave --perturber out for the rules"):
         DipperPerturber(tmp_path / "nowhere")
