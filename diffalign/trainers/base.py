@@ -35,6 +35,7 @@ from tqdm import tqdm
 from diffalign import output
 from diffalign.errors import RunFailed, UserError
 from diffalign.models import LORA_FILE, ModelAdapter, load_adapter
+from diffalign.models.base import digest
 from diffalign.pipelines.load import resolve_model
 from diffalign.trainers import checkpoint, curves, validation, zero
 from diffalign.trainers.card import upload, write_card
@@ -200,6 +201,9 @@ class Trainer(ABC, Generic[C]):
         self.open_data()
         self.adapter = self._load_model()
         self.pipeline = self.adapter.pipeline
+        self.origin = self._origin()
+        if self._resume:
+            self._check_origin(self._resume)
         self.meter = Meter(self.adapter.module)
         # Weights come before the data: an init_lora that does not fit should not wait for a whole encoding.
         self.weights = self.make_weights()
@@ -294,7 +298,7 @@ class Trainer(ABC, Generic[C]):
             self.ema.step(self.weights.trainable)
         return {
             "step": step + 1,
-            "epoch": (step + 1) * self.pairs_per_step / self.data_length,
+            "epoch": self._epoch(step + 1),
             "loss": loss,
             **self.summarise(values[1:-1], self.pairs_per_step),
             "grad_norm": values[-1] if math.isfinite(values[-1]) else None,
@@ -302,6 +306,10 @@ class Trainer(ABC, Generic[C]):
             "evaluations": (self.meter.total - before) * accelerator.num_processes,
             "step_seconds": time.perf_counter() - started,
         }
+
+    def _epoch(self, steps: int) -> float:
+        """How often the data have been gone through after so many steps."""
+        return steps * self.pairs_per_step / self.data_length
 
     def accumulate(self, step: int, slots: range, own_pairs: int, *, last: bool) -> Tensor:
         """Add the gradient of the pairs at ``slots``, divided by ``own_pairs``, to that of the step.
@@ -331,6 +339,7 @@ class Trainer(ABC, Generic[C]):
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.trained)
 
     data_length: int  # pairs of the data; set by open_data or prepare
+    data_hash: str | None = None  # digest of what is trained on, where the method knows it
 
     # ---------------------------------------------------------------- validation
 
@@ -494,7 +503,8 @@ class Trainer(ABC, Generic[C]):
                 averages = gathered(zip(self.weights.names, self.ema.shadow_params, strict=True), keep=main)
         if main:
             rest: dict[str, Any] = {"step": step, "method": self.method, "options": asdict(self.config)}
-            rest["own"] = self.state()
+            rest |= {"epoch": self._epoch(step), "examples": step * self.pairs_per_step}
+            rest |= {"origin": self.origin, "data": self.data_hash, "own": self.state()}
 
             def fill(folder: Path) -> None:
                 self.weights.save(folder, weights)
@@ -517,9 +527,32 @@ class Trainer(ABC, Generic[C]):
             raise UserError(f"{folder} is a checkpoint of {state['method']}, not of {self.method}")
         self._warn_of_changes(state["options"])
 
+    def _origin(self) -> dict[str, str]:
+        """Digests of the weights that the run starts from, which are its reference as well."""
+        found = {"network": digest(self.adapter.module.state_dict())}
+        lora = getattr(self.config, "init_lora", None)
+        if lora and (file := Path(lora).expanduser() / LORA_FILE).is_file():
+            found["lora"] = digest(load_file(file))
+        return found
+
+    def _check_origin(self, folder: Path) -> None:
+        """A reference that is not the one of the steps before would change what the run is held to.
+
+        Raises:
+            UserError: the run started from other weights.
+        """
+        before = checkpoint.read_state(folder).get("origin", self.origin)
+        if before != self.origin:
+            raise UserError(
+                f"{folder} is of a run that started from other weights: give the model, and the init_lora, "
+                "that it was started with, since they are its reference"
+            )
+
     def _restore(self, folder: Path) -> int:
         """Take up all but the weights; returns the step."""
         state = checkpoint.read_state(folder)
+        if state.get("data", self.data_hash) != self.data_hash and self.accelerator.is_main_process:
+            logger.warning("resuming on other data than before")
         if self.engine:
             zero.load_optimizer(self.engine, self.weights.trainable, folder, state["optimizer"])
         else:

@@ -40,7 +40,7 @@ def write_card(trainer: Trainer[Any], metrics: dict[str, Any], alarms: dict[str,
 # {trainer.method}
 
 {kind}, trained with `diffalign train {trainer.method}` on {trainer.data_length:,} {trainer.unit}s
-({trainer.pairs_per_step} per step).
+({trainer.pairs_per_step} per step){f", hash of the data {trainer.data_hash}" if trainer.data_hash else ""}.
 
 ```python
 {load}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from diffalign.data import ImageDataset, PairDataset
 from diffalign.data.cache import CachedExamples, cached_examples, open_store
 from diffalign.data.transforms import size_of
+from diffalign.data.walk import content_key
 from diffalign.errors import UserError
 from diffalign.likelihood import WEIGHTINGS, Errors, add_noise, denoising_error, error_weight, evaluate
 from diffalign.models import ModelAdapter
@@ -240,6 +241,7 @@ class DenoisingTrainer(Trainer[D]):
     def encode(self) -> None:
         config, adapter = self.config, self.adapter
         self.data = self._encoded(self.examples)
+        self.data_hash = content_key(*self.data.keys)[:16]
         self.elements = self.data.batch([0])["latents"][0, 0].numel()  # of the latent of one image
         self.validation_data = self._encoded(self.held_out) if self.held_out else None
         self.no_caption = (

@@ -212,3 +212,32 @@ def test_the_log_drops_what_a_resumed_run_computes_again(tmp_path):
     log.write({"step": 3, "again": True})
     log.close()
     assert read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_the_reference_is_never_another_than_before(trainer, model_folder):
+    """A pipeline trained in place would be its own reference, half trained: a bug known elsewhere."""
+    from diffusers import StableDiffusionPipeline
+
+    from diffalign.errors import UserError
+
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder)
+    run = trainer(rank=0, model=pipe, checkpointing_steps=2, max_train_steps=2)
+    run.train()
+    with pytest.raises(UserError, match="started from other weights"):
+        trainer(rank=0, model=pipe, resume_from_checkpoint="latest").train()
+    lora = trainer("lora", max_train_steps=2, checkpointing_steps=2)
+    lora.train()
+    further = {"init_lora": str(lora.folder), "checkpointing_steps": 1, "max_train_steps": 1}
+    trainer("more", **further).train()
+    with pytest.raises(UserError, match="started from other weights"):
+        trainer("more", resume_from_checkpoint="latest", max_train_steps=2).train()
+    state = checkpoint.read_state(lora.folder / "checkpoint-2")
+    assert (state["epoch"], state["examples"]) == (1.0, 16)
+    assert state["data"] == lora.data_hash
+    assert lora.data_hash in (lora.folder / "README.md").read_text()
+
+
+def test_other_data_than_before_are_told(trainer, pairs, caplog):
+    trainer(checkpointing_steps=2, max_train_steps=2).train()
+    trainer(dataset=pairs[:8], resume_from_checkpoint="latest").train()
+    assert "resuming on other data than before" in caplog.text
