@@ -15,6 +15,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
@@ -225,6 +226,7 @@ class Weights:
         folder = Path(config.init_lora).expanduser()
         state, settings = self.adapter.load_lora(folder)
         settings = _shape_of(state) | {k: v for k, v in settings.items() if k in _SHAPE and v}
+        state, settings = _with_alpha_of_rank(state, settings)
         if settings["r"] != config.rank:
             logger.warning(
                 "init_lora has rank %d, which takes the place of rank=%d", settings["r"], config.rank
@@ -290,6 +292,27 @@ def _shape_of(state: dict[str, Tensor]) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
     }
+
+
+def _with_alpha_of_rank(
+    state: dict[str, Tensor], settings: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same LoRA with alpha = rank in every layer: another scale goes into the weights, since many readers
+    of LoRA files take no notice of alpha."""
+    alphas = settings["alpha_pattern"]
+    scaled = {}
+    for key, value in state.items():
+        if ".lora_B" in key:
+            rank = value.shape[1]
+            own = get_pattern_key(list(alphas), key.split(".lora_B", 1)[0])
+            alpha = alphas.get(own, settings["lora_alpha"])
+            scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+            if scale != 1:
+                scaled[key] = value * scale
+    if scaled:
+        logger.warning("init_lora has an alpha other than its rank, which goes into its weights")
+    plain = {"lora_alpha": settings["r"], "alpha_pattern": settings["rank_pattern"], "use_rslora": False}
+    return state | scaled, settings | plain
 
 
 class ModuleWeights:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from diffalign import losses
@@ -142,6 +144,35 @@ def test_going_on_from_a_lora_starts_at_it_and_keeps_it_as_reference(trainer, lo
         assert not torch.equal(unet_output(run.pipeline), unet_output(fresh))
         keys = load_file(run.folder / LORA).keys()
         assert not any("reference" in key for key in keys)
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+def test_an_alpha_other_than_the_rank_goes_into_the_weights(
+    trainer, tmp_path, model_folder, caplog, patterns
+):
+    pipe = load(model_folder)
+    some = {"alpha_pattern": {"attn1.to_q": 8}, "rank_pattern": {"attn1.to_q": 3}} if patterns else {}
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, use_rslora=patterns, **some))
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.manual_seed(parameter.numel()))
+    metadata = {
+        k: sorted(v) if isinstance(v, set) else v
+        for k, v in pipe.unet.peft_config["default"].to_dict().items()
+    }
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(tmp_path / "given", layers, unet_lora_adapter_metadata=metadata)
+    run = trainer(init_lora=str(tmp_path / "given"), max_train_steps=1, learning_rate=0.0)
+    run.train()
+    assert "alpha other than its rank" in caplog.text
+    stripped = tmp_path / "stripped"  # of what was given away, without the metadata that has alpha
+    stripped.mkdir()
+    save_file(load_file(run.folder / LORA), stripped / LORA)
+    fresh = load(model_folder)
+    fresh.load_lora_weights(stripped)
+    torch.testing.assert_close(unet_output(fresh), unet_output(pipe), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unet_output(run.pipeline), unet_output(pipe), rtol=1e-5, atol=1e-6)
 
 
 # -------------------------------------------------------------------- equalities
