@@ -87,6 +87,7 @@ class Trainer(ABC, Generic[C]):
     unit: ClassVar[str] = "pair"  # what the data are made of, for the model card
     engine: Any = None  # of DeepSpeed, around the network in training
     network: Any = None  # what trains in place of the denoiser, set by make_weights
+    watched: ClassVar[str] = ""  # the metric that `patience` waits for to rise, if the method has one
     shardable: ClassVar[bool] = False  # whether it runs where processes hold parts of the state
     #: If not, why: split weights answer only when all processes ask, as often as each other.
     whole_because: ClassVar[str] = "its processes draw samples or scores each at its own pace"
@@ -102,6 +103,10 @@ class Trainer(ABC, Generic[C]):
             raise UserError("no model to train: give --pretrained_model_name_or_path, a folder or a hub id")
         if isinstance(self._dataset, str) and not self._dataset:
             raise UserError("no data to train on: give --dataset_name, a folder, file or hf://owner/name")
+        if config.patience and not self.watched:
+            raise UserError(f"patience must be 0: {self.method} has no metric of held-out data to wait for")
+        self._best: float | None = None  # of the watched metric
+        self._worse = 0  # validations since then
         self.accelerator = accelerator_for(config)
         if self.divided:
             self.check_sharded()
@@ -227,7 +232,7 @@ class Trainer(ABC, Generic[C]):
         log = JsonLines(self.folder / LOG, start) if accelerator.is_main_process else None
         metrics: dict[str, Any] = {}
         alarms: dict[str, str] = {}
-        health = Health()
+        end, health = max(start, config.max_train_steps), Health()
         try:
             with self._bar(start) as bar:
                 for step in range(start, config.max_train_steps):
@@ -235,6 +240,7 @@ class Trainer(ABC, Generic[C]):
                     every = config.validation_steps
                     if every and ((step + 1) % every == 0 or step + 1 == config.max_train_steps):
                         metrics |= self._validate(step + 1)
+                        self._note(metrics)
                     fired = health.update(metrics)
                     for name, sentence in fired.items():
                         logger.warning("step %d: %s: %s", step + 1, name, sentence)
@@ -249,13 +255,16 @@ class Trainer(ABC, Generic[C]):
                         self._save_checkpoint(step + 1)
                         if accelerator.is_main_process:
                             curves.draw_log(self.folder)
+                    if self._tired(metrics):
+                        end = step + 1
+                        break
         finally:
             if log:
                 log.close()
             for tracker in accelerator.trackers:
                 tracker.finish()
         self._finish(metrics, alarms)
-        return TrainResult(self.folder, max(start, config.max_train_steps), metrics, alarms)
+        return TrainResult(self.folder, end, metrics, alarms)
 
     @property
     def pairs_per_step(self) -> int:
@@ -364,6 +373,27 @@ class Trainer(ABC, Generic[C]):
                         )
         self.accelerator.wait_for_everyone()
         return metrics
+
+    def _note(self, metrics: dict[str, Any]) -> None:
+        """Count validations that were no better than the best before."""
+        if self.watched in metrics:
+            value = metrics[self.watched]
+            better = self._best is None or value > self._best
+            self._best, self._worse = (value, 0) if better else (self._best, self._worse + 1)
+
+    def _tired(self, metrics: dict[str, Any]) -> bool:
+        """Whether the run is to end after a step with these metrics."""
+        patience = self.config.patience
+        if not patience or self.watched not in metrics or self._worse < patience:
+            return False
+        logger.warning(
+            "step %d: %s has not risen above %g for %d validations: the run ends",
+            metrics["step"],
+            self.watched,
+            self._best,
+            patience,
+        )
+        return True
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -505,6 +535,7 @@ class Trainer(ABC, Generic[C]):
             rest: dict[str, Any] = {"step": step, "method": self.method, "options": asdict(self.config)}
             rest |= {"epoch": self._epoch(step), "examples": step * self.pairs_per_step}
             rest |= {"origin": self.origin, "data": self.data_hash, "own": self.state()}
+            rest["watched"] = [self._best, self._worse]
 
             def fill(folder: Path) -> None:
                 self.weights.save(folder, weights)
@@ -566,6 +597,7 @@ class Trainer(ABC, Generic[C]):
             self.ema.optimization_step = state["ema_step"]
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._best, self._worse = state.get("watched", (None, 0))
         self.load_state(state.get("own", {}))
         self.load_own(folder)
         return state["step"]

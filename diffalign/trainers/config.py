@@ -58,6 +58,8 @@ class TrainConfig:
         checkpointing_steps: optimiser steps between checkpoints; 0 for none.
         checkpoints_total_limit: keep so many checkpoints, the newest.
         validation_steps: optimiser steps between validations; 0 for none. One more follows the last step.
+        patience: stop after so many validations in a row without a better result on held-out data (of pairs
+            the share that is won, of good images alone their likelihood); 0 never does.
         validation_prompts: what to draw then, always from the same noise, into <output_dir>/validation.
         validation_guidance_scale: guidance of these pictures; 1 for none.
         validation_inference_steps: network evaluations per picture.
@@ -109,6 +111,7 @@ class TrainConfig:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
     validation_steps: int = 0
+    patience: int = 0
     validation_prompts: list[str] = field(default_factory=list)
     validation_guidance_scale: float = 7.5
     validation_inference_steps: int = 20
@@ -125,7 +128,9 @@ class TrainConfig:
         counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps")
         for name in (*counts, "validation_inference_steps"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr_warmup_steps", "rank", "checkpointing_steps", "learning_rate", "validation_steps"):
+        for name in ("lr_warmup_steps", "rank", "checkpointing_steps", "learning_rate"):
+            self._need(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("validation_steps", "patience"):
             self._need(name, getattr(self, name) >= 0, "0 or more")
         self._need("max_grad_norm", self.max_grad_norm > 0, "above 0")
         for name in ("checkpoints_total_limit", "max_train_samples"):

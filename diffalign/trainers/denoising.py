@@ -121,6 +121,8 @@ class DenoisingConfig(TrainConfig):
         self._need("validation_pairs", self.validation_pairs >= 1, "at least 1")
         if self.validation_share and self.validation_dataset:
             raise UserError("give validation_share or validation_dataset, not both")
+        if self.patience and not (self.validation_share or self.validation_dataset):
+            raise UserError("patience looks at held-out data: give validation_share or validation_dataset")
         if (self.validation_share or self.validation_dataset) and not self.validation_steps:
             raise UserError("held-out pairs are judged every validation_steps steps: set it as well")
         self._need("logit_std", self.logit_std > 0, "above 0")
@@ -188,6 +190,7 @@ class DenoisingTrainer(Trainer[D]):
 
     needs_reference = True
     needs_predictions = False
+    watched: ClassVar[str] = "validation/rewards/accuracies"
     noises: ClassVar[int] = 1
     times: ClassVar[int] = 1
     beta: float

@@ -100,6 +100,7 @@ class FlowRWRTrainer(DenoisingTrainer[FlowRWRConfig]):
     method = "flow-rwr"
     shardable = True
     needs_reference = False
+    watched = ""
 
     def open_examples(self, source: Any, limit: int | None) -> ImageDataset:
         config = self.config

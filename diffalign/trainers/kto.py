@@ -74,6 +74,7 @@ class DiffusionKTOTrainer(DenoisingTrainer[DiffusionKTOConfig]):
     method = "diffusion-kto"
     shardable = True
     unit = "image"
+    watched = "validation/accuracies_by_pair"
 
     @property
     def beta(self) -> float:  # type: ignore[override]

@@ -77,6 +77,7 @@ class SelfPlayTrainer(PairTrainer[S]):
     """
 
     unit = "image"
+    watched = "validation/rewards/chosen"
     noises: ClassVar[int] = 2
     shardable = True
 

@@ -34,6 +34,7 @@ class SFTTrainer(PairTrainer[SFTConfig]):
     method = "sft"
     shardable = True
     needs_reference = False
+    watched = "validation/rewards/chosen"
     beta = 1.0
 
     def losses(self, step: int, slots: range) -> tuple[Tensor, Tensor]:

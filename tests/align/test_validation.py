@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffalign.data import write_pairs
 from diffalign.errors import UserError
-from diffalign.trainers import curves, validation
+from diffalign.trainers import DiffusionDPOTrainer, curves, validation
 from tests.align.families import build
 
 
@@ -201,3 +201,27 @@ def test_curves_are_drawn_with_and_without_held_out_pairs(trainer, tmp_path, wit
 def test_running_mean_keeps_a_line_straight_inside():
     line = np.arange(100.0)
     assert np.allclose(curves._running_mean(line)[5:-5], line[5:-5])
+
+
+def test_a_run_that_gets_no_better_ends_and_resumes_to_the_same_end(trainer, log, monkeypatch, caplog):
+    told = iter([0.5, 0.7, 0.7, 0.6, 0.9])
+    monkeypatch.setattr(
+        DiffusionDPOTrainer, "validation_metrics", lambda self, errors: {self.watched: next(told)}
+    )
+    options = {"validation_share": 0.3, "validation_steps": 2, "max_train_steps": 20, "patience": 2}
+    result = trainer(**options, checkpointing_steps=6).train()
+    assert result.global_step == 8
+    assert [r["step"] for r in log(result.output_dir)] == list(range(1, 9))
+    assert "has not risen above 0.7 for 2 validations" in caplog.text
+    told = iter([0.65])
+    assert trainer(**options, resume_from_checkpoint="latest").train().global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"patience": 2}, "give validation_share"), ({"patience": -1}, "patience must be 0 or more")],
+    ids=str,
+)
+def test_patience_needs_held_out_data(trainer, options, words):
+    with pytest.raises(UserError, match=words):
+        trainer(**options)
