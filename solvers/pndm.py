@@ -122,9 +122,6 @@ class PNDMScheduler(PlanScheduler):
         `timesteps` may repeat as those of a start do: ``scheduler.timesteps`` of another run can be passed.
         """
         self._planned_starts = {}
-        if timesteps is not None and sigmas is None:
-            asked = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
-            timesteps = self._steps(np.asarray(asked, np.float64).reshape(-1))
         super().set_timesteps(num_inference_steps, device, timesteps=timesteps, sigmas=sigmas, mu=mu)
 
     def _final(self) -> str:
@@ -160,17 +157,10 @@ class PNDMScheduler(PlanScheduler):
             asked += self._stage_times(self._planned_starts.get(k, 1), time, end)
         return np.append(asked, times[-1])
 
-    def _steps(self, asked: Array) -> list[float]:
-        """The starts of steps among the evaluations of a caller, and in `_planned_starts` what they are."""
-        steps: list[float] = []
-        e = 0
-        while e < len(asked):
-            evaluations = self._step_kind(asked[e:])
-            if evaluations > 1:
-                self._planned_starts[len(steps)] = evaluations
-            steps.append(float(asked[e]))
-            e += evaluations
-        return steps
+    def _step_starts_among(self, asked: Array) -> Array:
+        steps = self._steps(np.append(asked, -np.inf))
+        self._planned_starts = {k: n for k, (_, n) in enumerate(steps) if n > 1}
+        return asked[[e for e, _ in steps]]
 
     def _stage_times(self, evaluations: int, time: float, end: float) -> list[float]:
         """Where a step of so many evaluations asks after its first."""
@@ -204,25 +194,41 @@ class PNDMScheduler(PlanScheduler):
         ``t, t', t'`` is a Heun step from t to t', and ``t, m, m, t', t'`` with m in the middle a Runge-Kutta
         step. So the rest of a run, wherever it begins, is a plan again.
         """
+        return self._plan_of_steps(times, self._steps(times))
+
+    def _steps(self, times: Array) -> list[tuple[int, int]]:
+        """First evaluation and number of evaluations of each step between `times`."""
+        steps: list[tuple[int, int]] = []
+        e = 0
+        while e < len(times) - 1:
+            steps.append((e, self._step_kind(times[e:])))
+            e += steps[-1][1]
+        return steps
+
+    def _plan_of_steps(self, times: Array, steps: Sequence[tuple[int, int]]) -> Plan:
+        """The rows of `steps` as :meth:`_steps` gives them; `times` may lie anywhere."""
         state = self._state(times)
         alpha, sigma = self.schedule.alpha_sigma(state)
         rows: list[Row] = []
         history: list[int] = []  # evaluations at starts of steps, newest first
-        while len(rows) < len(times) - 1:
-            e = len(rows)
-            kind = self._step_kind(times[e:]) if alpha[e] > 0 else 1
-            stages: Sequence[Mapping[int, float]] = _STAGES.get(kind, ())
-            if alpha[e] > 0 and times[e] > times[e + 1]:  # a step of no length asks again where it was
+        for e, evaluations in steps:
+            # Not at alpha = 0, nor where the next step asks again at the same time.
+            again = evaluations == 1 and e + 2 < len(times) and times[e] == times[e + 1]
+            if alpha[e] > 0 and not again:
                 history = [e, *history][: self._memory]
+            stages: Sequence[Mapping[int, float]] = _STAGES.get(evaluations, ())
             if not stages:
                 stages = [self._weights(alpha, sigma, history, e)]
             for j, combined in enumerate(stages):
                 rows.append(self._row(times, state, alpha, sigma, e, j, combined))
         return Plan(tuple(rows))
 
+    def _in_noise(self, times: Array) -> bool:
+        return bool(self.schedule.alpha(self._state(times))[0] == 0.0)
+
     def _step_kind(self, times: Array) -> int:
         """How many evaluations the step takes that begins at the first of `times`."""
-        if len(times) >= 3 and times[0] > times[1] == times[2]:
+        if len(times) >= 3 and times[0] > times[1] == times[2] and not self._in_noise(times[:1]):
             if len(times) >= 5 and times[2] > times[3] == times[4]:
                 off = abs(times[1] - self._middle(times[0], times[3]))
                 if off <= _MIDPOINT_SLACK * (times[0] - times[3]):
@@ -263,7 +269,7 @@ class PNDMScheduler(PlanScheduler):
             time,
             self._conversion(float(state[at])),
             x={e: x},
-            m={e + j: weight * w for j, w in combined.items() if weight * w != 0.0},
+            m={e + j: weight * w for j, w in combined.items()},
         )
 
     def _transform(self, m: Tensor, sample: Tensor) -> Tensor:
@@ -278,15 +284,16 @@ class PNDMScheduler(PlanScheduler):
         return (sample - alpha * x0) / sigma
 
 
-def published_steps(count: int, total: int) -> Array:
+def published_steps(count: int, total: int, limit: int | None = None) -> Array:
     """The `count` times of the published code, descending: every ``total // n``-th training step from 0 on.
 
     n is what its caller asks for, and often less than the steps that come of it: 15 gives 16. So the stride
-    is that of the largest n with `count` steps whose level ``t + 1`` is there. Where no n has them, it is
-    ``total // count``.
+    is that of the largest n with `count` steps below `limit`, which is ``total - 1`` unless given: the level
+    ``t + 1`` must be there. Where no n has them, it is ``total // count``.
     """
+    limit = total - 1 if limit is None else limit
     strides = [total // n for n in range(min(count, total), 0, -1)]
-    fits = (s for s in strides if (count - 1) * s < total - 1 and count * s >= total)
+    fits = (s for s in strides if (count - 1) * s < limit and count * s >= total)
     return np.arange(count - 1.0, -1.0, -1.0) * next(fits, total // count)
 
 

@@ -288,7 +288,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None:
             times = grids.custom_sigmas(self.schedule, _host(sigmas), final=self._final(), shift=shift)
         elif timesteps is not None:
-            times = grids.custom_times(self.schedule, _host(timesteps), final=self._final())
+            starts = self._step_starts_among(_host(timesteps).reshape(-1))
+            times = grids.custom_times(self.schedule, starts, final=self._final())
         else:
             times = self._grid_times(_positive_int(num_inference_steps), shift)
         self._times = self._evaluations(grids.checked(times))
@@ -306,6 +307,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = None
         self._step_index = None
         self._start_at(0)
+
+    def _step_starts_among(self, asked: Array) -> Array:
+        """Those of a caller's evaluations that are grid points; :meth:`_evaluations` adds the others."""
+        return asked
 
     def _evaluations(self, times: Array) -> Array:
         """Times at which the network is asked, and the end, for grid points `times`; stages may be added."""

@@ -21,6 +21,7 @@ from diffalign.solvers import SOLVERS
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.options import check_choice, check_number, scheduler_options
 from diffalign.solvers.plan import Instruction, Plan, compile_plan, working_dtype
+from diffalign.solvers.pndm import PNDMScheduler, published_steps
 from diffalign.solvers.scheduler import Array, PlanScheduler, SchedulerMixin
 
 # Loading a pipeline, diffusers looks for SchedulerMixin in the module that defines the class.
@@ -104,6 +105,8 @@ class TimeShiftScheduler(PlanScheduler):
         cls = SOLVERS[config.solver]
         shared = set(inspect.signature(cls).parameters) & set(config)
         options = {name: config[name] for name in shared} | dict(config.solver_options or {})
+        if config.mode == "released" and config.solver == "pndm":
+            cls = _WholeLevels
         self.base: PlanScheduler = cls(**options)
         unneeded = config.data_variance is None and config.mode != "corrected"
         self._shifting = config.window > 0 and (unneeded or tells_time(self.schedule, config.data_variance))
@@ -143,9 +146,11 @@ class TimeShiftScheduler(PlanScheduler):
         times = self.base._grid_times(count, shift)
         if self.config.mode != "released":
             return times
-        steps = len(times) - 1
-        stride = self.schedule.num_train_timesteps // (steps + 1)
-        return np.append(1.0 + stride * np.arange(steps)[::-1], self.schedule.t_min)
+        total = self.schedule.num_train_timesteps
+        return np.append(1.0 + published_steps(len(times), total, limit=total)[1:], self.schedule.t_min)
+
+    def _step_starts_among(self, asked: Array) -> Array:
+        return self.base._step_starts_among(asked)
 
     def _evaluations(self, times: Array) -> Array:
         return self.base._evaluations(times)
@@ -215,21 +220,22 @@ class TimeShiftScheduler(PlanScheduler):
     def _targets(self, e: int) -> _Choice | None:
         """Ends that the step from evaluation `e` may have (the released rule)."""
         assert self._times is not None
-        rows = self._planned.rows
+        rows, nominal = self._planned.rows, self._times[self._origin :]
         first = e - self._origin
         size = 1
         while first + size < len(rows) and min(rows[first + size].x) == first:
             size += 1
-        time, end = float(self._times[e]), float(self._times[e + size])
+        time, end = float(nominal[first]), float(nominal[first + size])
         if end <= self.config.cutoff:
             return None
-        ends = window_around(end, self.config.window, -1.0, time)
+        # Up to where the step began and beyond it, if the window is as wide. Noise can't be added backwards.
+        eta = getattr(self.base, "_eta", 0.0)
+        ends = window_around(end, self.config.window, -1.0, time if eta else self.schedule.t_max + 1e-9)
         stages = [self._stages(size, time, float(t)) for t in ends]
         plans = []
         for t, stage in zip(ends, stages, strict=True):
-            changed = self._times[self._origin :].copy()
-            changed[first + 1 : first + size + 1] = [*stage, t]
-            step = self.base._plan(changed).rows[first : first + size]
+            # What comes after the step is left out: it may lie above an end.
+            step = self._replanned(np.array([*nominal[: first + 1], *stage, t])).rows[first:]
             # Among the other rows as they are: what the step keeps, and where, is the same for all ends.
             whole = Plan((*rows[:first], *step, *rows[first + size :]))
             plans.append(compile_plan(whole, scaled=not self._hooked)[0][first : first + size])
@@ -238,6 +244,14 @@ class TimeShiftScheduler(PlanScheduler):
             {e + 1 + j: self._on_device(np.array([s[j] for s in stages])) for j in range(size - 1)},
             {e + j: self._table([plan[j] for plan in plans]) for j in range(size)},
         )
+
+    def _replanned(self, times: Array) -> Plan:
+        """The rows of a run's begin whose last step has another end."""
+        assert self._times is not None
+        if not isinstance(self.base, PNDMScheduler):
+            return self.base._plan(times)
+        steps = self.base._steps(self._times[self._origin :])
+        return self.base._plan_of_steps(times, [step for step in steps if step[0] < len(times) - 1])
 
     def _stages(self, evaluations: int, time: float, end: float) -> list[float]:
         return [] if evaluations == 1 else self.base._stage_times(evaluations, time, end)  # type: ignore[attr-defined]
@@ -301,6 +315,13 @@ class TimeShiftScheduler(PlanScheduler):
         made = result.prev_sample  # type: ignore[union-attr]
         self._choose(made)
         return result if return_dict else (made,)
+
+
+class _WholeLevels(PNDMScheduler):
+    """With the levels of training steps alone, as the released code: a time between two has the cleaner."""
+
+    def _state(self, times: Array) -> Array:
+        return np.floor(times)
 
 
 @dataclass(frozen=True)

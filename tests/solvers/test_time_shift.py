@@ -154,6 +154,85 @@ def test_released_mode_reproduces_the_released_code(case):
     assert (result - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+def released_loop(network, schedule, x, points, memory, window, cutoff):
+    """The released rule in words of its own: steps between whole times, stages at the level below theirs."""
+
+    def transfer(x, t, t_end, eps):
+        (a, s), (b, r) = (
+            [torch.from_numpy(v).reshape(-1, 1, 1, 1) for v in schedule.alpha_sigma(np.floor(u))]
+            for u in (t, t_end)
+        )
+        return b / a * x + (r - b * s / a) * eps
+
+    weights = {1: [1.0], 2: [1.5, -0.5], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}[memory]
+    history, told = [], []
+    for k, (time, end) in enumerate(zip(points, [*points[1:], 0], strict=True)):
+        ends = np.full(len(x), float(end))
+        if k and end > cutoff:
+            candidates = np.arange(max(end - window // 2, 0), end + window // 2 + 1.0)
+            levels = schedule.sigma(candidates) ** 2
+            ends = candidates[np.abs(levels - x.flatten(1).var(1).numpy()[:, None]).argmin(1)]
+        times = np.full(len(x), float(time))
+
+        def ask(x, t):
+            told.append(t.tolist())
+            return network(x, torch.from_numpy(t))
+
+        history.insert(0, ask(x, times))
+        if len(history) >= memory:
+            eps = sum(w * e for w, e in zip(weights, history, strict=False))
+        elif memory == 2:
+            eps = (history[0] + ask(transfer(x, times, ends, history[0]), ends)) / 2
+        else:
+            middle = (times + ends) / 2
+            second = ask(transfer(x, times, middle, history[0]), middle)
+            third = ask(transfer(x, times, middle, second), middle)
+            fourth = ask(transfer(x, times, ends, third), ends)
+            eps = (history[0] + 2 * second + 2 * third + fourth) / 6
+        x = transfer(x, times, ends, eps)
+    return x, told
+
+
+@pytest.mark.parametrize(
+    ("solver", "memory", "steps", "stride", "window"),
+    [
+        ("euler", 1, 49, 20, 40),  # ends reach the step's start
+        ("euler", 1, 49, 20, 60),  # and beyond it
+        ("s_pndm", 2, 49, 20, 60),
+        ("f_pndm", 4, 27, 37, 20),  # stages between training steps, and a stride that no 27 asks for
+        ("f_pndm", 4, 27, 37, 80),
+    ],
+)
+def test_released_windows_may_be_wider_than_the_steps(pixels, solver, memory, steps, stride, window):
+    mixture, noise = pixels
+    noise = noise[:2]
+    name, options = RELEASED[solver]
+    scheduler = TimeShiftScheduler(
+        solver=name,
+        solver_options={**options, "set_alpha_to_one": False},
+        mode="released",
+        window=window,
+        cutoff=800,
+        pool="sample",
+    )
+    network = biased(mixture, scheduler.schedule, 1.05)
+    points = [1 + stride * k for k in reversed(range(steps))]
+    expected, told = released_loop(network, scheduler.schedule, noise, points, memory, window, 800)
+    result, seen = run(scheduler, network, noise, len(told), lambda s, t: s.next_timesteps)
+    np.testing.assert_array_equal([t.expand(2).numpy() for t in seen], told)
+    assert relative_error(result, expected) < 1e-10
+
+
+def test_the_timesteps_of_a_released_run_can_be_passed():
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    options = {"variant": "f-pndm", "convention": "uniform", "set_alpha_to_one": False}
+    scheduler = TimeShiftScheduler(solver="pndm", solver_options=options, mode="released", window=0)
+    expected = sample(lambda x, t: 0.9 * x.tanh(), x, scheduler, num_inference_steps=20)
+    times = scheduler.timesteps.tolist()
+    assert len(set(times)) < len(times)
+    assert torch.equal(sample(lambda x, t: 0.9 * x.tanh(), x, scheduler, timesteps=times), expected)
+
+
 # ---------------------------------------------------------------- where nothing can be read
 
 
