@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from diffalign.errors import UserError
-from diffalign.solvers import sample
+from diffalign.solvers import CalibratedScheduler, sample
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ def generate(
     _check_call(pipe, guidance, call)
     network: Any = denoiser(pipe)
     own, own_bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    used = own if scheduler is None else scheduler
+    if isinstance(used, CalibratedScheduler):
+        used.check_guidance(guidance)
     batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None, leave=False)
     images: list[np.ndarray] = []
@@ -143,7 +146,7 @@ def generate(
 
     drawn = draw if takes_prompts(pipe) else draw_pixels
     try:
-        pipe.scheduler = scheduler if scheduler is not None else own
+        pipe.scheduler = used
         pipe.set_progress_bar_config(disable=True)
         with count_evaluations(network) as calls, torch.no_grad(), bar:
             for batch in batches:

@@ -79,6 +79,9 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
+    from diffalign.solvers import import_schedulers
+
+    import_schedulers()
     source = resolve_model(model)
     where = choose_device(device)
     try:

@@ -87,6 +87,12 @@ class UnknownSolver(UserError, KeyError):
 SOLVERS: Mapping[str, type] = _Registry()
 
 
+def import_schedulers() -> None:
+    """Import the modules of all schedulers, which diffusers wants before it opens a pipeline saved with one."""
+    for module in ("calibrated", "shifted", *(module for module, _ in _SCHEDULERS.values())):
+        importlib.import_module(f"{__name__}.{module}")
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
@@ -115,6 +121,7 @@ __all__ = [
     "UniPCScheduler",
     "continuous_sample",
     "differentiable_sample",
+    "import_schedulers",
     "integrate",
     "sample",
 ]

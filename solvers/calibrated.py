@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from diffusers.utils import logging
 from numpy.typing import NDArray
 
 from diffalign.errors import UserError
@@ -30,6 +31,8 @@ from diffalign.solvers.statistics import Sidecar
 __all__ = ["CalibratedScheduler", "SchedulerMixin", "Table", "Tables", "trace"]
 
 _ROUNDING = 1e-9  # by which a row may miss a sum of 1
+_REACH = 2.5  # guidance scales that differ by more are another problem
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ class Tables(Sidecar):
         tables: number of steps -> table.
         schedule: fingerprint of the noise schedule that they were fitted on.
         final: where they end, the clean image (``zero``) or the first training step (``sigma_min``).
-        info: how they came about, JSON.
+        info: how they came about, JSON; ``guidance_scale`` and ``prediction_type`` of the model, if known.
     """
 
     tables: Mapping[int, Table]
@@ -105,6 +108,15 @@ class Tables(Sidecar):
             raise UserError(
                 "these tables were fitted on another noise schedule, so to another model: calibrate this one "
                 "with 'diffalign calibrate plan', or take dpm-solver++"
+            )
+
+    def check_prediction(self, prediction_type: str) -> None:
+        """UserError if they were fitted to a network that predicts something else."""
+        known = self.info.get("prediction_type", prediction_type)
+        if known != prediction_type:
+            raise UserError(
+                f"these tables were fitted to a model that predicts {known}, not {prediction_type}, so to "
+                "another one: calibrate this one with 'diffalign calibrate plan', or take dpm-solver++"
             )
 
     def of(self, count: int) -> Table:
@@ -147,10 +159,11 @@ class CalibratedScheduler(PlanScheduler):
     """Runs the table that was fitted to the model for the number of steps asked for.
 
     It serves the model, guidance scale and numbers of steps that it was calibrated for. Other models and
-    numbers are refused; the guidance, which a scheduler does not know, is in ``tables.info``. From any
+    numbers are refused as far as their noise schedule or what they predict tells them apart; the guidance,
+    which a scheduler does not know, is in ``tables.info``, and :meth:`check_guidance` warns. From any
     pipeline::
 
-        diffalign calibrate plan --model my-pipeline --steps 5 8 --guidance 5 --output_dir tuned
+        diffalign calibrate plan --model my-pipeline --num_inference_steps 5 8 --guidance_scale 5
 
     Args:
         tables: a :class:`Tables`.
@@ -175,6 +188,20 @@ class CalibratedScheduler(PlanScheduler):
         super()._setup()
         if self.tables is not None:
             self.tables.check_schedule(self.schedule)
+            self.tables.check_prediction(self.config.prediction_type)
+        self._warned = False
+
+    def check_guidance(self, scale: float) -> None:
+        """Warn, once, if the tables were fitted at a guidance scale that is more than 2.5 away."""
+        own = self._known().info.get("guidance_scale")
+        if own is not None and abs(scale - own) > _REACH and not self._warned:
+            self._warned = True
+            logger.warning(
+                "these tables were fitted at guidance %g and may be poor at %g: calibrate for that, or take "
+                "dpm-solver++",
+                own,
+                scale,
+            )
 
     @property
     def tables(self) -> Tables | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,7 +16,7 @@ from diffalign.calibrate.plan import CalibratePlanConfig
 from diffalign.calibrate.tables import problem_of
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
-from diffalign.solvers import CalibratedScheduler
+from diffalign.solvers import CalibratedScheduler, UniPCScheduler
 from diffalign.solvers.fitting import solve
 
 
@@ -50,6 +53,44 @@ def test_tables_are_fitted_stored_loaded_and_sampled_with(tiny_folder, tmp_path,
         assert result["held_out_error"] <= result["best_known_error"] or not result["fitted"]
     assert calibrate(tiny_folder, out, "--num_inference_steps", "5", "--guidance_scale", "4") == 2
     assert "calibrated with another guidance_scale" in capsys.readouterr().err
+
+
+def test_a_pipeline_folder_carries_it_into_a_fresh_process(tiny_folder, tmp_path):
+    """Diffusers opens the folder once the class is imported, and draws the same."""
+    out = tmp_path / "plan"
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", "--save_pipeline") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert pipe.scheduler.tables.info["prediction_type"] == "epsilon"
+    pipe.save_pretrained(tmp_path / "again")
+    code = (
+        "import sys, numpy, torch; from diffusers import DiffusionPipeline\n"
+        "from diffalign.solvers import CalibratedScheduler\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "assert type(pipe.scheduler) is CalibratedScheduler, pipe.scheduler\n"
+        "draw = dict(num_inference_steps=3, height=16, width=16, output_type='np')\n"
+        "images = pipe('a', generator=torch.Generator().manual_seed(5), **draw).images\n"
+        "numpy.save(sys.argv[2], images)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "again"), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    draw = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "np"}
+    wanted = pipe("a", generator=torch.Generator().manual_seed(5), **draw).images
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), wanted)
+
+
+def test_the_guidance_of_a_calibration_is_compared(tiny_folder, tmp_path, monkeypatch):
+    out = tmp_path / "plan"
+    assert calibrate(tiny_folder, out, "--num_inference_steps", "3", "--save_pipeline") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    asked = []
+    monkeypatch.setattr(type(pipe.scheduler), "check_guidance", lambda self, scale: asked.append(scale))
+    generate(pipe, ["a"], [0], steps=3, guidance=1.0, height=16, width=16)
+    own = CalibratedScheduler.from_config(pipe.scheduler.config, tables=pipe.scheduler.tables)
+    generate(pipe, ["a"], [0], steps=3, guidance=9.0, scheduler=own, height=16, width=16)
+    plain = UniPCScheduler.from_config(pipe.scheduler.config)
+    generate(pipe, ["a"], [0], steps=3, guidance=2.0, scheduler=plain, height=16, width=16)
+    assert asked == [1.0, 9.0]
 
 
 def test_an_interrupted_fit_goes_on(tiny_folder, tmp_path, monkeypatch):

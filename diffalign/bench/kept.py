@@ -33,6 +33,9 @@ def open_folder(config: Any, free: Collection[str], pieces: str) -> Path:
     settings = json.loads(json.dumps(settings))
     file = Path(config.output_dir).expanduser() / SETTINGS
     known = json.loads(file.read_text()) if file.is_file() else None
+    if known is not None and list(file.parent.iterdir()) == [file]:  # of a run that got nowhere
+        file.unlink()
+        known = None
     if known is not None:  # options that came later were at their defaults
         known = {name: value for name, value in _defaults(config).items() if name in settings} | known
     if known is not None and known != settings and not config.overwrite:

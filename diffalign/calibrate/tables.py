@@ -145,7 +145,12 @@ def run(config: C, method: Method[C]) -> Path:
         variant=config.variant,
     )
     source = pipe.scheduler.config
-    info = {"guidance_scale": config.guidance_scale, "model": config.model, "method": method.name}
+    info = {
+        "guidance_scale": config.guidance_scale,
+        "prediction_type": CalibratedScheduler.from_config(source).config.prediction_type,
+        "model": config.model,
+        "method": method.name,
+    }
 
     def scheduler_with(tables: Mapping[int, "Table"]) -> Any:
         content = Tables(dict(tables), NoiseSchedule.from_config(source).fingerprint(), "zero", info)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.calibrate import tables
 from diffalign.errors import UserError
+from diffalign.solvers import SOLVERS
 
 if TYPE_CHECKING:  # annotations are not postponed here, or reading the options would import these
     from diffalign.solvers.evolution import Genome
@@ -49,6 +50,11 @@ class CalibrateTimestepsConfig(tables.TablesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(population=4, generations=1, iterations=1)
+        if self.solver not in SOLVERS:
+            raise UserError(
+                f"--solver must be one of ours ({', '.join(SOLVERS)}), not {self.solver!r}: only these ask "
+                "where they are told to"
+            )
 
 
 def run(config: CalibrateTimestepsConfig) -> Path:
@@ -60,17 +66,11 @@ def on_grids(config: CalibrateTimestepsConfig, scheduler: Mapping[str, Any]) -> 
     """The solver on each of its grids, by name.
 
     Raises:
-        UserError: it is none of ours, has no such option, or cannot be stored as a table.
+        UserError: it has no such option, or cannot be stored as a table.
     """
     from diffalign.pipelines.load import make_scheduler
-    from diffalign.solvers import SOLVERS
     from diffalign.solvers.calibrated import trace
 
-    if config.solver not in SOLVERS:
-        raise UserError(
-            f"--solver must be one of ours ({', '.join(SOLVERS)}), not {config.solver!r}: only these ask "
-            "where they are told to"
-        )
     end = {"set_alpha_to_one": True} if config.solver == "ddim" else {"final_sigmas_type": "zero"}
     grids = (
         (str(config.solver_options["grid"]),)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.likelihood import Conditions
 from diffalign.models.reference import Reference
+from diffalign.solvers import import_schedulers
 from diffalign.solvers.noise import NoiseSchedule
 from diffalign.solvers.prediction import check_prediction_type
 
@@ -334,6 +335,7 @@ def _load(path: str, **options: Any) -> Any:
         _known(json.loads(index.read_text()).get("_class_name", "pipeline of unknown class"), path)
         path = str(folder)
     options = {name: value for name, value in options.items() if value is not None}
+    import_schedulers()
     try:
         # safetensors only: a .bin file is a pickle, and may run what it likes.
         return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options)

@@ -1,13 +1,17 @@
 """Opening pipelines, choosing schedulers by name, drawing images."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from diffalign.bench.networks import tiny_pipeline
 from diffalign.errors import UserError
+from diffalign.models import load_adapter
 from diffalign.pipelines.generate import count_evaluations, denoiser, generate
 from diffalign.pipelines.load import choose_device, load_pipeline, make_scheduler, resolve_model
+from diffalign.solvers import UniPCScheduler
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 SD = {
@@ -91,6 +95,16 @@ def test_load_pipeline_from_a_folder(folder, pipe):
     same = generate(loaded, ["a"], [1], steps=2)
     torch.testing.assert_close(same.latents, generate(pipe, ["a"], [1], steps=2).latents)
     assert load_pipeline(folder, device="cpu", dtype="bfloat16").unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("opened", [load_pipeline, lambda path: load_adapter(path).pipeline])
+def test_a_pipeline_that_was_saved_with_our_scheduler_opens_in_a_new_process(tmp_path, monkeypatch, opened):
+    """Diffusers takes a class from a module only if that is imported, as it is not at the start."""
+    made = tiny_pipeline()
+    made.scheduler = UniPCScheduler.from_config(made.scheduler.config)
+    made.save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "diffalign.solvers.unipc")
+    assert type(opened(str(tmp_path)).scheduler).__name__ == "UniPCScheduler"
 
 
 def test_lora_is_loaded(folder, tmp_path):

@@ -18,6 +18,7 @@ from diffalign.solvers import (
     NoiseSchedule,
     PNDMScheduler,
     UniPCScheduler,
+    calibrated,
     sample,
 )
 from diffalign.solvers.calibrated import Table, Tables, started_late, trace
@@ -397,10 +398,31 @@ def test_what_it_was_not_made_for_is_refused(calibration):
         made.set_timesteps(timesteps=[900, 100])
     with pytest.raises(UserError, match="fitted on another noise schedule"):
         CalibratedScheduler.from_config({**SD_SCHEDULER, "beta_end": 0.013}, tables=made.tables)
+    told = Tables(made.tables.tables, SCHEDULE.fingerprint(), info={"prediction_type": "epsilon"})
+    CalibratedScheduler.from_config(SD_SCHEDULER, tables=told)
+    with pytest.raises(UserError, match="fitted to a model that predicts epsilon, not v_prediction"):
+        CalibratedScheduler.from_config({**SD_SCHEDULER, "prediction_type": "v_prediction"}, tables=told)
     with pytest.raises(UserError, match="has no tables: fit some with"):
         CalibratedScheduler.from_config(SD_SCHEDULER).set_timesteps(6)
     with pytest.raises(UserError, match="must be a Tables object"):
         CalibratedScheduler.from_config(SD_SCHEDULER, tables=[1, 2])
+
+
+def test_another_guidance_scale_is_warned_of_once(calibration, monkeypatch):
+    said = []
+    monkeypatch.setattr(calibrated.logger, "warning", lambda text, *of: said.append(text % of))
+    made = scheduler_of({6: calibration.chosen.table})  # at guidance 4
+    for scale in (4.0, 6.5, 1.5):
+        made.check_guidance(scale)
+    assert not said
+    made.check_guidance(6.6)
+    made.check_guidance(1.0)
+    assert said == [
+        "these tables were fitted at guidance 4 and may be poor at 6.6: calibrate for that, or take "
+        "dpm-solver++"
+    ]
+    as_scheduler(calibration.chosen.table.times, calibration.chosen.table.weights).check_guidance(99.0)
+    assert len(said) == 1
 
 
 def test_half_precision_samples(calibration):
