@@ -88,7 +88,7 @@ SOLVERS: Mapping[str, type] = _Registry()
 
 
 def import_schedulers() -> None:
-    """Import the modules of all schedulers, which diffusers wants before it opens a pipeline saved with one."""
+    """Import the modules of all schedulers: diffusers opens no pipeline saved with one otherwise."""
     for module in ("calibrated", "shifted", *(module for module, _ in _SCHEDULERS.values())):
         importlib.import_module(f"{__name__}.{module}")
 
