@@ -27,6 +27,7 @@ CHOICES = (
     "two generators",
     "not safe",
     "below min_side",
+    "below chosen_at_least",
 )
 
 LabelBy = Literal["votes", "scores"]
@@ -45,6 +46,8 @@ class Selection:
         lists: which pairs of a list of images: the best with the worst (best_worst), or any two that differ
             (all).
         margin: least difference of the two scores; needs score columns.
+        chosen_at_least: keep pairs whose better image has this score or more, whatever the other one has:
+            with the scores of a judge (of safety, of faithfulness) no image is taught that the judge rejects.
         same_generator: keep pairs whose images come from one model (columns model_0 and model_1).
         generator: keep pairs of which both images come from this model.
         min_side: keep pairs whose images have no side below this many pixels.
@@ -56,6 +59,7 @@ class Selection:
     votes: Votes = "separate"
     lists: Lists = "best_worst"
     margin: float = 0.0
+    chosen_at_least: float | None = None
     same_generator: bool = False
     generator: str | None = None
     min_side: int = 0
@@ -93,6 +97,7 @@ class Selection:
         needs = {
             "label_by=scores": (self.label_by == "scores", "score"),
             "margin": (self.margin > 0, "score"),
+            "chosen_at_least": (self.chosen_at_least is not None, "score"),
             "same_generator": (self.same_generator, "model"),
             "generator": (self.generator is not None, "model"),
         }
@@ -290,6 +295,10 @@ def _choice(cells: Cells, row: PairRow, selection: Selection) -> str:
             return "other generator"
         if models[0] is None or models[0] != models[1]:
             return "two generators"
+    if selection.chosen_at_least is not None:
+        score = cells.of("score", row.number, row.places[row.first_wins < 0.5])
+        if not is_number(score) or score < selection.chosen_at_least:
+            return "below chosen_at_least"
     if selection.margin and "images" not in cells.roles:
         scores = [cells.of("score", row.number, place) for place in row.places]
         if not all(map(is_number, scores)) or abs(scores[0] - scores[1]) < selection.margin:

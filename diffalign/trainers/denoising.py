@@ -255,7 +255,7 @@ class DenoisingTrainer(Trainer[D]):
         self.truncated = adapter.count_truncated(sorted(texts)) / len(texts)  # share of distinct captions
         if self.truncated and self.accelerator.is_main_process:
             logger.warning(
-                "%.1f %% of the captions are longer than the text encoder reads: their ends are cut off",
+                "%.1f %% of the captions are longer than a text encoder reads, which cuts them off",
                 100 * self.truncated,
             )
 

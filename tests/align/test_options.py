@@ -88,7 +88,7 @@ def test_captions_that_are_cut_off_are_counted(trainer, pairs, log, caplog):
     with caplog.at_level(logging.WARNING):
         run = trained(trainer(dataset=long, max_train_steps=1))
     assert log(run.folder)[0]["truncated_captions"] == 2 / 8
-    assert "25.0 % of the captions are longer" in caplog.text
+    assert "25.0 % of the captions are longer than a text encoder" in caplog.text
     assert log(trained(trainer("short", max_train_steps=1)).folder)[0]["truncated_captions"] == 0
 
 

@@ -258,6 +258,7 @@ def test_scores_decide_when_asked_to_or_alone(make):
     ("options", "message"),
     [
         ({"label_by": "scores"}, "label_by=scores needs the columns score_0, score_1"),
+        ({"chosen_at_least": 0.5}, "chosen_at_least needs the columns score_0, score_1"),
         ({"margin": 1.0}, "margin needs the columns score_0, score_1"),
         ({"same_generator": True}, "same_generator needs the columns model_0, model_1"),
         ({"generator": "x"}, "generator needs the columns model_0, model_1"),
@@ -285,6 +286,17 @@ def test_filters_are_choices_not_damage(make):
     assert [bad.reason for bad in same.skipped] == ["two generators", "two generators", "not safe"]
     assert open_pairs(table, selection=Selection(generator="b")).ids == ["row-2"]
     assert {bad.reason for bad in same.skipped} <= set(CHOICES)
+
+
+def test_a_judge_may_reject_losers_but_no_winners(make):
+    table = labelled(make, 4, score_0=[0.9, 0.1, 0.9, None], score_1=[0.1, 0.9, 0.9, 0.9])
+    labels = [open_pairs(table)[i].scores for i in range(4)]
+    kept = open_pairs(table, selection=Selection(chosen_at_least=0.5), max_bad=0)
+    assert kept.ids == [
+        f"row-{i}" for i, (chosen, _) in enumerate(labels) if chosen is not None and chosen > 0.5
+    ]
+    assert 0 < len(kept) < 4
+    assert {bad.reason for bad in kept.skipped} == {"below chosen_at_least"} <= set(CHOICES)
 
 
 @pytest.mark.parametrize(
