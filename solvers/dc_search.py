@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.solvers.dc_solver import CASCADE_SHAPE, DCSolverScheduler, compensation, quadratic
+from diffalign.solvers.dc_solver import (
+    CASCADE_SHAPE,
+    DCSolverScheduler,
+    check_cascade,
+    compensation,
+    quadratic,
+)
 from diffalign.solvers.options import check_choice
 from diffalign.solvers.sampling import ModelFn, sample
 from diffalign.solvers.scheduler import Array
@@ -453,16 +459,17 @@ def _ridge(
 
 
 def load_cascade(path: str | Path) -> list[float]:
-    """The 45 numbers of a published ``.npy`` file, for ``cpr_coefficients``; nothing is unpickled.
+    """The numbers of a published ``.npy`` file, for ``cpr_coefficients``; nothing is unpickled.
 
     Raises:
-        UserError: no such file, no array, or not 45 numbers.
+        UserError: no such file, no array, or not nine finite numbers per power of i/n.
     """
     try:
         array = np.load(Path(path).expanduser(), allow_pickle=False)
         numbers = np.asarray(array, dtype=np.float64).ravel()
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read an array from {str(path)!r}: {error}") from error
-    if numbers.size != math.prod(CASCADE_SHAPE) or not np.all(np.isfinite(numbers)):
-        raise UserError(f"{str(path)!r} must hold 45 numbers, but has {numbers.size}")
+    if not np.all(np.isfinite(numbers)):
+        raise UserError(f"{str(path)!r} holds numbers that are not finite")
+    check_cascade(repr(str(path)), numbers.tolist())
     return numbers.tolist()

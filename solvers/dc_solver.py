@@ -36,8 +36,10 @@ __all__ = ["DCSolverScheduler", "SchedulerMixin", "cascade_ratios", "compensated
 logger = logging.get_logger(__name__)
 
 _DC_ORDERS = (1, 2, 3)
-#: Numbers in `cpr_coefficients`: powers of i/n, of guidance/12 and of n/50.
+#: Powers of i/n, of guidance/12 and of n/50 in the cascade polynomial of the paper. The published file for
+#: Stable Diffusion 2.1 has four of the first, so other numbers of them are read as well.
 CASCADE_SHAPE = (5, 3, 3)
+_PER_POWER = math.prod(CASCADE_SHAPE[1:])
 
 
 class DCSolverScheduler(PlanScheduler):
@@ -62,7 +64,8 @@ class DCSolverScheduler(PlanScheduler):
             ``{"5": [...], "10": [...]}``.
         last_step_ratio: ratio of the last step alone. On grids uniform in time, whose last step is huge in
             log-SNR, about 1.85 has most of the gain at no cost.
-        cpr_coefficients: 45 numbers of :func:`cascade_ratios`; needs the guidance scale.
+        cpr_coefficients: numbers of :func:`cascade_ratios`, 45 or other multiples of 9; needs the guidance
+            scale.
         cpr_last, cpr_hull: its `last` and `hull`.
         guidance_scale: of the runs, for the cascade polynomial, where ``set_timesteps`` isn't told.
         final_sigmas_type: end at the clean image (``zero``) or at the first training step (``sigma_min``).
@@ -101,12 +104,14 @@ class DCSolverScheduler(PlanScheduler):
             if value is not None:
                 check_number(name, value)
         for name, values, count in (
-            ("cpr_coefficients", cpr_coefficients, math.prod(CASCADE_SHAPE)),
+            ("cpr_coefficients", cpr_coefficients, None),
             ("cpr_last", cpr_last, 9),
             ("cpr_hull", cpr_hull, 4),
         ):
             if values is not None:
                 check_numbers(name, values, count)
+        if cpr_coefficients is not None:
+            check_cascade("cpr_coefficients", cpr_coefficients)
         if cpr_hull is not None and not (cpr_hull[0] <= cpr_hull[1] and cpr_hull[2] <= cpr_hull[3]):
             raise UserError(
                 f"cpr_hull must be least and greatest number of steps and guidance scale, but is {cpr_hull}"
@@ -272,11 +277,12 @@ def cascade_ratios(
 ) -> list[float]:
     """Cascade polynomial regression (section 3.3 of the paper): ratios for any steps n and guidance g.
 
-    ``rho_i = sum_q c_q (i/n)^q`` for i = 1..n; each of the five ``c_q`` is a quadratic in g/12, whose three
+    ``rho_i = sum_q c_q (i/n)^q`` for i = 1..n; each of the ``c_q``, five in the paper, is a quadratic in g/12, whose three
     coefficients are quadratics in n/50. The first `order` ratios are 1.
 
     Args:
-        coefficients: 45 numbers, by q, then by power of g (squared first), then by power of n (likewise).
+        coefficients: nine numbers per q (of the paper 45), by q, then by power of g (squared first), then by
+            power of n (likewise).
         steps, guidance_scale: n and g.
         order: degree of the compensation.
         last: 9 numbers of a quadratic of quadratics for the last ratio alone, which the steps before it say
@@ -287,12 +293,21 @@ def cascade_ratios(
     if hull is not None:
         n, g = min(max(n, hull[0]), hull[1]), min(max(g, hull[2]), hull[3])
     powers = np.outer(quadratic(g / 12), quadratic(n / 50))
-    c = np.tensordot(np.reshape(coefficients, CASCADE_SHAPE), powers, 2)
+    c = np.tensordot(np.reshape(coefficients, (-1, *CASCADE_SHAPE[1:])), powers, 2)
     ratios = np.polynomial.polynomial.polyval(np.arange(1, steps + 1) / steps, c)
     if last is not None:
         ratios[-1] = float((np.reshape(last, (3, 3)) * powers).sum())
     ratios[:order] = 1.0
     return ratios.tolist()
+
+
+def check_cascade(name: str, numbers: Sequence[float]) -> None:
+    """UserError unless there are nine `numbers` per power of i/n."""
+    if not len(numbers) or len(numbers) % _PER_POWER:
+        raise UserError(
+            f"{name} must have {_PER_POWER} numbers for each power of i/n, {math.prod(CASCADE_SHAPE)} for the "
+            f"paper's five, but has {len(numbers)}"
+        )
 
 
 def quadratic(x: float) -> Array:

@@ -313,7 +313,7 @@ def test_everything_survives_saving(tmp_path, tiny_sd):
         ({"dc_ratios": {"five": [1.0]}}, "whole numbers as keys, not 'five'"),
         ({"dc_ratios": {"3": [1.0]}}, "dc_ratios of 3 steps must have 3 numbers"),
         ({"last_step_ratio": math.inf}, "last_step_ratio must be a finite number"),
-        ({"cpr_coefficients": [0.0] * 44}, "cpr_coefficients must have 45 numbers"),
+        ({"cpr_coefficients": [0.0] * 44}, "9 numbers for each power of i/n"),
         ({"cpr_coefficients": [0.0] * 45, "cpr_last": [1.0]}, "cpr_last must have 9 numbers"),
         ({"cpr_last": [1.0] * 9}, "cpr_last belongs to cpr_coefficients"),
         ({"cpr_hull": [1.0]}, "cpr_hull must have 4 numbers"),
@@ -514,13 +514,24 @@ def test_a_cascade_needs_three_by_three():
         fit_cascade([DCRatios(**{**vars(results[0]), "guidance_scale": None})])
 
 
+def test_a_cascade_may_have_other_powers():
+    """The published file of Stable Diffusion 2.1 has 36 numbers, a cubic."""
+    cubic = np.random.default_rng(0).normal(size=36).tolist()
+    assert cascade_ratios(cubic, 10, 7.5) == pytest.approx(
+        cascade_ratios(cubic + [0.0] * 9, 10, 7.5), rel=1e-12
+    )
+    scheduler = DCSolverScheduler(cpr_coefficients=cubic, guidance_scale=7.5)
+    scheduler.set_timesteps(10)
+    assert scheduler.ratios == cascade_ratios(cubic, 10, 7.5)
+
+
 def test_published_coefficients_are_read_without_unpickling(tmp_path):
     path = tmp_path / "cpr.npy"
     numbers = np.arange(45.0)
     np.save(path, numbers.reshape(5, 9))
     assert load_cascade(path) == numbers.tolist()
     np.save(path, numbers[:44])
-    with pytest.raises(UserError, match="must hold 45 numbers, but has 44"):
+    with pytest.raises(UserError, match="9 numbers for each power of i/n.* but has 44"):
         load_cascade(path)
     np.save(path, np.array([{}], dtype=object))
     with pytest.raises(UserError, match="cannot read an array"):

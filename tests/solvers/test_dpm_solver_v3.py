@@ -210,6 +210,18 @@ def test_bad_options(options, words):
         DPMSolverV3Scheduler(**BETAS, **options)
 
 
+def test_ties_between_rows_go_to_the_cleaner_one():
+    """Eight steps uniform in 250 intervals: 62.5 and 187.5 are no rows, whatever float32 makes of them."""
+    scheduler = DPMSolverV3Scheduler(
+        **BETAS, statistics=published(), snap=True, grid="logsnr", final_sigmas_type="sigma_min"
+    )
+    scheduler.set_timesteps(8)
+    lambdas = scheduler.statistics.lambdas
+    at = scheduler.schedule.lambda_(scheduler.timesteps.double().numpy())
+    rows = (at - lambdas[0]) / (lambdas[1] - lambdas[0])
+    np.testing.assert_allclose(rows, [0, 31, 63, 94, 125, 156, 188, 219], atol=1e-3)
+
+
 def test_two_steps_on_one_row_are_refused():
     scheduler = DPMSolverV3Scheduler(**BETAS, statistics=published(), snap=True, grid="logsnr")
     with pytest.raises(UserError, match="fewer steps"):
