@@ -277,8 +277,8 @@ def cascade_ratios(
 ) -> list[float]:
     """Cascade polynomial regression (section 3.3 of the paper): ratios for any steps n and guidance g.
 
-    ``rho_i = sum_q c_q (i/n)^q`` for i = 1..n; each of the ``c_q``, five in the paper, is a quadratic in g/12, whose three
-    coefficients are quadratics in n/50. The first `order` ratios are 1.
+    ``rho_i = sum_q c_q (i/n)^q`` for i = 1..n; each of the ``c_q``, five in the paper, is a quadratic in
+    g/12, whose three coefficients are quadratics in n/50. The first `order` ratios are 1.
 
     Args:
         coefficients: nine numbers per q (of the paper 45), by q, then by power of g (squared first), then by
@@ -305,8 +305,8 @@ def check_cascade(name: str, numbers: Sequence[float]) -> None:
     """UserError unless there are nine `numbers` per power of i/n."""
     if not len(numbers) or len(numbers) % _PER_POWER:
         raise UserError(
-            f"{name} must have {_PER_POWER} numbers for each power of i/n, {math.prod(CASCADE_SHAPE)} for the "
-            f"paper's five, but has {len(numbers)}"
+            f"{name} must have {_PER_POWER} numbers for each power of i/n, for the paper's five "
+            f"{math.prod(CASCADE_SHAPE)}, but has {len(numbers)}"
         )
 
 

@@ -531,7 +531,7 @@ def test_published_coefficients_are_read_without_unpickling(tmp_path):
     np.save(path, numbers.reshape(5, 9))
     assert load_cascade(path) == numbers.tolist()
     np.save(path, numbers[:44])
-    with pytest.raises(UserError, match="9 numbers for each power of i/n.* but has 44"):
+    with pytest.raises(UserError, match=r"9 numbers for each power of i/n.* but has 44"):
         load_cascade(path)
     np.save(path, np.array([{}], dtype=object))
     with pytest.raises(UserError, match="cannot read an array"):
