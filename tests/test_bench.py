@@ -468,7 +468,7 @@ def test_differing_captions_come_first_in_before_and_after():
     assert (sheet[17, 5] == bad).all()  # and bad after
 
 
-def test_the_report_of_a_pipeline(pipe, tmp_path):
+def test_the_report_of_a_pipeline(pipe, tmp_path, capsys):
     folder = tmp_path / "tiny"
     pipe.save_pretrained(folder)
     config = SamplersConfig(
@@ -484,12 +484,14 @@ def test_the_report_of_a_pipeline(pipe, tmp_path):
         device="cpu",
     )
     run_samplers(config)
+    error = json.loads((tmp_path / "out" / "samplers.json").read_text())["reference"]["2.0"]["error"]
+    assert f"guidance 2: 6 steps, own error {error:.1e}" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3  # one sheet per prompt, and the way of the first
     assert page.count("reward jpeg-compressibility") == 0
     assert "jpeg-compressibility" in page
     assert "the model's own converged solution" in page.replace("&#39;", "'")
-    assert json.loads((tmp_path / "out" / "samplers.json").read_text())["reference"]["2.0"]["error"] > 0
+    assert error > 0
     assert (tmp_path / "out" / "samples_guidance_2_1.png").is_file()
     assert (tmp_path / "out" / "trajectory_0.png").is_file()
 

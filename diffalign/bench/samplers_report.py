@@ -155,6 +155,8 @@ def run(config: SamplersConfig) -> "Comparison":
     if not result.rows:
         raise UserError("no solver could run with any of the --steps; the reasons stand above")
     print(write_report(out, config, result, prompts, strips))
+    for sentence in _yardsticks(result, config.reference_tolerance):
+        print(sentence)
     print(f"\nreport: {out / 'report.html'}")
     if earlier is not None:
         _judge(earlier, result, config)
@@ -274,6 +276,17 @@ def _trajectories(
         found = predicted_images(pipe, runnable, n, prompt, seed=config.seed + i, guidance=scale)
         strips[f"{prompt} (guidance {scale:g})"] = trajectory_strip(found)
     return strips
+
+
+def _yardsticks(result: "Comparison", tolerance: float) -> list[str]:
+    """How far the converged solutions can be trusted; nothing where the solution is exact."""
+    sentences = []
+    for scale, found in result.references.items():
+        if found.steps:
+            known = f"own error {found.error:.1e} (worst {float(found.moved.max()):.1e})"
+            short = "" if found.error <= tolerance else f", above --reference_tolerance {tolerance:g}"
+            sentences.append(f"converged solution, guidance {scale:g}: {found.steps} steps, {known}{short}")
+    return sentences
 
 
 def _judge(earlier: against.Rows, result: "Comparison", config: SamplersConfig) -> None:
