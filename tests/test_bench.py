@@ -106,10 +106,10 @@ def test_compare_samplers_on_a_pipeline(pipe):
         "ddim": make("ddim", pipe),
     }
     result = compare_samplers(
-        pipe,
-        samplers,
-        [3, 20],
-        ["a", "b"],
+        pipeline=pipe,
+        solvers=samplers,
+        steps=[3, 20],
+        prompts=["a", "b"],
         guidance=2.0,
         reference_steps=20,
         scores={"brightness": brightness},

@@ -67,20 +67,20 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def build(samplers: Mapping[str, Any] | Sequence[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def build(solvers: Mapping[str, Any] | Sequence[Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> scheduler, for a model whose scheduler has the given config.
 
     Args:
-        samplers: name -> scheduler, or name -> class made from the config; or a list of texts that
+        solvers: name -> scheduler, or name -> class made from the config; or a list of texts that
             `parse_spec` reads and of classes.
 
     Raises:
         UserError: unknown solver or option.
     """
-    if not isinstance(samplers, Mapping):
-        samplers = {spec if isinstance(spec, str) else spec.__name__: spec for spec in samplers}
+    if not isinstance(solvers, Mapping):
+        solvers = {spec if isinstance(spec, str) else spec.__name__: spec for spec in solvers}
     built = {}
-    for label, given in samplers.items():
+    for label, given in solvers.items():
         if isinstance(given, str):
             name, options = parse_spec(given)
             built[label] = make_scheduler(name, config, **options)
@@ -172,8 +172,8 @@ class _Problem:
 
 
 def compare_samplers(
-    pipe: Any,
-    samplers: Mapping[str, Any] | Sequence[Any],
+    pipeline: Any,
+    solvers: Mapping[str, Any] | Sequence[Any],
     steps: Sequence[int],
     prompts: Sequence[str],
     *,
@@ -193,8 +193,8 @@ def compare_samplers(
     """Sample the same prompts and noises with every sampler at every number of network evaluations.
 
     Args:
-        pipe: a diffusers text-to-image pipeline, or one that draws pixels without a prompt.
-        samplers: name -> scheduler, each used through the pipeline as a user would; or a list of classes and
+        pipeline: a diffusers text-to-image pipeline, or one that draws pixels without a prompt.
+        solvers: name -> scheduler, each used through the pipeline as a user would; or a list of classes and
             of texts such as ``"dpm-solver++:solver_order=3"`` and ``"UniPCMultistepScheduler"``.
         steps: numbers of network evaluations, counted on the network. A sampler that takes several within a
             step gets fewer steps, and more evaluations than allowed are an error.
@@ -221,8 +221,8 @@ def compare_samplers(
         RunFailed: a sampler took more evaluations than it was allowed.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    schedulers = build(samplers, pipe.scheduler.config)
-    network = denoiser(pipe)
+    schedulers = build(solvers, pipeline.scheduler.config)
+    network = denoiser(pipeline)
     own = next(network.parameters()).dtype
     precisions = list(dtypes or [own])
 
@@ -230,7 +230,7 @@ def compare_samplers(
         with network_seconds(network) as spent:
             start = time.perf_counter()
             drawn = generate(
-                pipe,
+                pipeline,
                 prompts,
                 seeds,
                 steps=n,
@@ -243,19 +243,19 @@ def compare_samplers(
             return _Drawn(drawn, time.perf_counter() - start, spent())
 
     plain = all(isinstance(value, str | int | float | bool | None) for value in call.values())
-    identity = weights_identity(pipe) | {
-        "schedule": dict(pipe.scheduler.config),
+    identity = weights_identity(pipeline) | {
+        "schedule": dict(pipeline.scheduler.config),
         "prompts": list(prompts),
         "seeds": [int(s) for s in seeds],
         "call": call,
     }
     stored = Path(folder).expanduser() if folder is not None and plain else None
     cache = Path(cache_dir).expanduser() if cache_dir is not None and plain else None
-    exact = make_scheduler("dpm-solver++", pipe.scheduler.config, **CONVERGING)
+    exact = make_scheduler("dpm-solver++", pipeline.scheduler.config, **CONVERGING)
     result = Comparison()
     scales = [guidance] if isinstance(guidance, int | float) else list(guidance)
     best = finest(precisions)
-    with in_dtype(pipe, best if best != own else None):
+    with in_dtype(pipeline, best if best != own else None):
         for scale in scales:
 
             def solve(scale: float = scale) -> Reference:
@@ -271,7 +271,7 @@ def compare_samplers(
     # A first call is slower than any other, and tells how often a guided evaluation calls the network.
     probe, planned = inference_steps(exact, 2)
     for dtype in precisions:
-        with in_dtype(pipe, dtype if dtype != own else None):
+        with in_dtype(pipeline, dtype if dtype != own else None):
             for scale in scales:
                 first = draw(scale, exact, probe, None)
                 name = str(dtype).removeprefix("torch.")
@@ -291,7 +291,7 @@ def compare_samplers(
 
 
 def compare_on_mixture(
-    samplers: Mapping[str, Any] | Sequence[Any],
+    solvers: Mapping[str, Any] | Sequence[Any],
     steps: Sequence[int],
     *,
     guidance: float | Sequence[float] = 1.0,
@@ -308,7 +308,7 @@ def compare_on_mixture(
     spacings start below it, which is part of their error, as it is on a real model.
 
     Args:
-        samplers, steps, folder: as in `compare_samplers`.
+        solvers, steps, folder: as in `compare_samplers`.
         guidance: classifier-free guidance scale towards one class per sample, or several.
         samples: how many.
         seed: of the noise; sample i uses seed + i.
@@ -318,7 +318,7 @@ def compare_on_mixture(
     """
     mixture = mixture or GaussianMixture.random()
     schedule = NoiseSchedule.from_config(config)
-    schedulers = build(samplers, config)
+    schedulers = build(solvers, config)
     labels = np.unique(mixture.labels)
     classes = [int(labels[i % len(labels)]) for i in range(samples)]
     noise = torch.stack(

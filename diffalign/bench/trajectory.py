@@ -14,7 +14,7 @@ from diffalign.solvers import sample
 
 def predicted_images(
     pipe: Any,
-    samplers: Mapping[str, Any] | Sequence[Any],
+    solvers: Mapping[str, Any] | Sequence[Any],
     steps: int,
     prompt: str,
     *,
@@ -25,7 +25,7 @@ def predicted_images(
 
     Args:
         pipe: a text-to-image pipeline of a family that `diffalign.models` knows.
-        samplers: as in `compare_samplers`.
+        solvers: as in `compare_samplers`.
         steps: network evaluations.
         prompt: what to draw.
         seed: of the starting noise.
@@ -47,7 +47,7 @@ def predicted_images(
     network = guided_model(guided_network(adapter, [prompt], guidance_scale=guidance), [0])
     noise = starting_noise(adapter, [seed])
     found = {}
-    for name, scheduler in build(samplers, pipe.scheduler.config).items():
+    for name, scheduler in build(solvers, pipe.scheduler.config).items():
         predictions: list[torch.Tensor] = []
 
         def model(x: torch.Tensor, t: Any, predictions: list[torch.Tensor] = predictions) -> torch.Tensor:
