@@ -15,6 +15,8 @@ from diffalign.trainers import (
     DiffusionKTOTrainer,
     FlowRWRConfig,
     FlowRWRTrainer,
+    ListDPOConfig,
+    ListDPOTrainer,
     SePPOConfig,
     SePPOTrainer,
 )
@@ -82,7 +84,15 @@ def test_kto_with_split_weights_is_kto(run_of, log, tmp_path, monkeypatch, rank,
     assert (tmp_path / "two" / (LORA if rank else NETWORK)).is_file()
 
 
-def test_reward_weighted_regression_with_split_weights(run_of, log, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "trainer", "options"),
+    [
+        (FlowRWRConfig, FlowRWRTrainer, {"train_batch_size": 8}),
+        (ListDPOConfig, ListDPOTrainer, {"train_batch_size": 4, "beta_dpo": 20.0}),
+    ],
+    ids=["flow-rwr", "list-dpo"],
+)
+def test_scored_images_with_split_weights(run_of, log, tmp_path, monkeypatch, config, trainer, options):
     rows = [
         {"prompt": f"picture {k % 4}", "image": f"{k}.png", "score": score}
         for k, score in enumerate(np.random.default_rng(0).normal(size=16).tolist())
@@ -92,15 +102,16 @@ def test_reward_weighted_regression_with_split_weights(run_of, log, tmp_path, mo
         picture(k).save(tmp_path / "scored" / f"{k}.png")
     (tmp_path / "scored" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def train(where, batch):
-        options = {"dataset": str(tmp_path / "scored"), "learning_rate": 1e-2, "train_batch_size": batch}
-        run_of(FlowRWRConfig, FlowRWRTrainer, where, **options).train()
+    options |= {"dataset": str(tmp_path / "scored"), "learning_rate": 1e-2}
+
+    def train(where, **more):
+        run_of(config, trainer, where, **options | more).train()
 
     def work(number):
         sharding(monkeypatch)
-        train("two", 4)
+        train("two", train_batch_size=options["train_batch_size"] // 2)
 
-    train("one", 8)
+    train("one")
     processes(2, work, tmp_path)
     weights = [load_file(tmp_path / where / LORA) for where in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
