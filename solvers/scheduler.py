@@ -34,8 +34,8 @@ from diffalign.solvers.statistics import Record, Sidecar
 logger = logging.get_logger(__name__)
 Array = NDArray[np.float64]
 
-# At alpha = 0 (zero terminal SNR) no data can be read from epsilon. diffusers uses alphas_cumprod = 2^-24
-# there.
+# Of schedules that reach alpha = 0 (zero terminal SNR), where no data can be read from epsilon. diffusers
+# uses alphas_cumprod = 2^-24 there. Others may have smaller ones: the cosine schedule ends at 5e-5.
 _ALPHA_FLOOR = 2.0**-12
 # What from_pretrained hands on to a download.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -248,7 +248,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _conversion(self, time: float, form: str | None = None) -> tuple[Coefficient, Coefficient]:
         """``(convert_x, convert_o)`` of the network's output at `time` to `form`, or :attr:`form`."""
         alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(time))
-        if self.config.prediction_type == "epsilon":
+        if self.config.prediction_type == "epsilon" and self.schedule.alpha(self.schedule.t_max) == 0.0:
             alpha = max(alpha, _ALPHA_FLOOR)
         return coefficients(self.config.prediction_type, form or self.form, alpha, sigma)
 

@@ -15,8 +15,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffalign.errors import UserError
-from diffalign.solvers import SOLVERS, DDIMScheduler, DPMSolverPPScheduler, sample
+from diffalign.solvers import SOLVERS, DDIMScheduler, DPMSolverPPScheduler, GaussianMixture, sample
 from diffalign.solvers.grids import GRIDS
+from diffalign.solvers.mixture import relative_error
 
 NAMES = list(SOLVERS)
 
@@ -270,6 +271,25 @@ def test_lambda_clip_starts_where_it_says():
         scheduler.set_timesteps(10)
         start = float(scheduler.timesteps[0])
         assert -5.1 <= scheduler.schedule.lambda_(start) < -5.0
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++", "unipc"])
+def test_epsilon_is_converted_at_the_smallest_alpha_too(name):
+    """alpha is 5e-5 at the end of the cosine schedule: small, but an ideal epsilon still tells the data."""
+    mixture = GaussianMixture.random((2, 4, 4), spread=0.6, seed=1)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    options = {"beta_schedule": "squaredcos_cap_v2", "grid": "time_uniform"}
+    told = SOLVERS[name](**options, prediction_type="epsilon")
+    asked = SOLVERS[name](**options, prediction_type="sample")
+    ideal = mixture.model(told.schedule)
+
+    def data(x, t):
+        alpha, sigma = (float(v) for v in told.schedule.alpha_sigma(float(t)))
+        return (x - sigma * ideal(x, t)) / alpha
+
+    a = sample(ideal, x, told, num_inference_steps=5)
+    assert told.timesteps[0] == 999
+    assert relative_error(a, sample(data, x, asked, num_inference_steps=5)) < 1e-9
 
 
 # ---------------------------------------------------------------- agreement with diffusers
