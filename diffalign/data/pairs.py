@@ -22,9 +22,9 @@ from diffalign.data.rows import (
     PairRow,
     Place,
     Selection,
+    column_role,
     one_of,
     pair_rows,
-    property_role,
 )
 from diffalign.data.tables import ListTable, Table, open_table
 from diffalign.errors import UserError
@@ -200,9 +200,13 @@ class PairDataset(Examples[Pair, PairRow]):
         """A property of the chosen and of the rejected image, None where there is none."""
         found = []
         for place in self._places(row):
-            column = self._columns.get(property_role(what, place.role))
+            role = column_role(what, place.role, self._columns, lambda: self._label(row))
+            column = self._columns.get(role)
             found.append(one_of(self._table.cell(row.number, column), place) if column else None)
         return found[0], found[1]
+
+    def _label(self, row: PairRow) -> Any:
+        return self._table.cell(row.number, self._columns["label_0"])
 
 
 def open_pairs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import combinations
 from numbers import Real
@@ -180,7 +180,7 @@ class Cells:
 
     def of(self, what: str, number: int, place: Place) -> Any:
         """Property `what` (caption, score, model, uid) of the image at a place, None where there is none."""
-        role = property_role(what, place.role)
+        role = column_role(what, place.role, self.roles, lambda: self("label_0")[number])
         return one_of(self(role)[number], place) if role in self.roles else None
 
 
@@ -189,6 +189,18 @@ def property_role(what: str, role: str) -> str:
     if role == "images":
         return "ranks" if what == "rank" else f"{what}s"
     return what if role == "image" else f"{what}_{role.removeprefix('image_')}"
+
+
+def column_role(what: str, role: str, roles: Mapping[str, str], label_0: Callable[[], Any]) -> str:
+    """:func:`property_role`, or, where two labelled images are described by verdict (``caption_chosen``,
+    ``caption_rejected``), the one of them that the label gives to this image."""
+    direct = property_role(what, role)
+    if direct in roles or role not in ("image_0", "image_1") or "label_0" not in roles:
+        return direct
+    won = label_0()
+    if not is_number(won):
+        return direct
+    return f"{what}_chosen" if (won >= 0.5) == (role == "image_0") else f"{what}_rejected"
 
 
 def pair_roles(roles: Mapping[str, str]) -> tuple[str, ...]:
@@ -261,6 +273,9 @@ def paired(cells: Cells, selection: Selection) -> Iterator[tuple[PairRow, str]]:
             if given is None and "label_0" not in cells.roles:
                 given = 1.0  # an optional column that this row leaves empty
             win, wrong = _probability(given if labelled[number] else None)
+        uids = [cells.of("uid", number, place) for place in (first, second)]
+        if uids[0] == uids[1] and uids[0] not in (None, "") and wrong in ("", "tie"):
+            wrong = "identical images"
         yield PairRow(number, row_id, prompts, (first, second), win), reason or wrong
 
 

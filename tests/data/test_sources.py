@@ -228,6 +228,29 @@ def test_captions_scores_and_models_follow_their_image(make):
     assert first.swapped().chosen is first.rejected
 
 
+def test_captions_of_the_preferred_image_follow_the_label(make):
+    """As files of caption perturbations have them, beside the columns of Pick-a-Pic."""
+    names = {
+        "caption_preferred": ["good 0", "good 1"],
+        "caption_lesspreferred_perturbed_60": ["bad 0", "bad 1"],
+    }
+    table = labelled(make, 2, **names).remove_columns("label_0").add_column("label_0", [0.0, 1.0])
+    columns = {
+        "caption_chosen": "caption_preferred",
+        "caption_rejected": "caption_lesspreferred_perturbed_60",
+    }
+    pairs = open_pairs(table, columns=columns)
+    assert pairs.captions == [pair.captions for pair in pairs] == [("good 0", "bad 0"), ("good 1", "bad 1")]
+    assert pairs.flipped(1.0)[0].captions == ("bad 0", "good 0")
+
+
+def test_one_uid_on_both_sides_is_one_image(make):
+    table = labelled(make, 3, image_0_uid=["a", "b", None], image_1_uid=["c", "b", None])
+    pairs = open_pairs(table, max_bad=0.5)
+    assert pairs.ids == ["row-0", "row-2"]
+    assert [bad.reason for bad in pairs.skipped] == ["identical images"]
+
+
 def test_an_empty_caption_of_an_image_is_the_prompt(make):
     pairs = open_pairs(labelled(make, 2, caption_0=["", "x"], caption_1=[None, " "]))
     assert [pair.captions for pair in pairs] == [("p0", "p0"), ("x", "p1")]
