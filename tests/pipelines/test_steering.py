@@ -22,9 +22,13 @@ from diffalign.pipelines.best_of import best_of_n, candidate_seeds, search_steps
 from diffalign.pipelines.code_edit import clip_to_confidence, depth_grid
 from diffalign.pipelines.code_edit import code_edit as edit
 from diffalign.pipelines.flow_nrg import flow_nrg, tilt
+from diffalign.pipelines.load import load_pipeline
 from diffalign.pipelines.reno import ReNOPipeline, norm_penalty, optimise_noise, reno
 from diffalign.pipelines.steering import Drawing, frozen
 from diffalign.pipelines.zo_rank import line_search_points, rank_direction, ranked_by, zo_rank_sgd
+from diffalign.playground.captions import draw_captions
+from diffalign.playground.verifier import accuracy
+from diffalign.rewards import load_reward
 from diffalign.solvers import SOLVERS, NoiseSchedule
 from diffalign.solvers.prediction import PREDICTIONS, convert
 from diffalign.vote.ranker import ranked_by_person
@@ -192,6 +196,19 @@ def test_reno_finds_images_with_more_reward(pipe, steps):
     torch.testing.assert_close(redness(out.images, None), out.rewards, rtol=1e-3, atol=1e-3)
     assert all(w.grad is None for w in pipe.unet.parameters())
     assert out.history.shape == (4, 2)
+
+
+@pytest.mark.parametrize("iterations", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_reno_makes_more_captions_true_by_a_judge_that_it_does_not_see(iterations):
+    captions = draw_captions(4242, 24, held_out=True)
+    scorer = load_reward("playground/scorer").score
+    options = {"seeds": range(24), "batch_size": 24, "output_type": "np", "progress": False}
+
+    def true(iterations):
+        found = reno(load_pipeline("playground/few-step"), captions, scorer, iterations=iterations, **options)
+        return accuracy(captions, (255 * found.images).round().astype(np.uint8))["true"]
+
+    assert true(iterations) >= true(1) + 0.15
 
 
 def test_reno_refuses_what_cannot_work(pipe):
