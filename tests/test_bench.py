@@ -307,6 +307,12 @@ def make(spec, pipe):
     return build([spec], pipe.scheduler.config)[spec]
 
 
+def test_unknown_solvers_are_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="unknown solver 'nope'"):
+        run_samplers(SamplersConfig(model="no/model", output_dir=str(tmp_path / "x"), solvers=["nope"]))
+    assert not (tmp_path / "x").exists()
+
+
 def test_unknown_solvers_are_refused_before_any_sampling(pipe):
     with pytest.raises(UserError, match="unknown solver 'ddimm'; did you mean 'ddim'"):
         compare_samplers(pipe, ["ddimm"], [3], ["a"], progress=False)
@@ -368,8 +374,8 @@ def test_a_used_folder_is_refused(tmp_path):
 
 
 def test_a_run_that_got_nowhere_leaves_its_folder_to_others(tmp_path):
-    with pytest.raises(UserError, match="unknown solver"):
-        run_samplers(SamplersConfig(output_dir=str(tmp_path), solvers=["nope"], steps=[4]))
+    with pytest.raises(UserError, match="has no option 'nope'"):
+        run_samplers(SamplersConfig(output_dir=str(tmp_path), solvers=["ddim:nope=1"], steps=[4]))
     run_samplers(SamplersConfig(output_dir=str(tmp_path), solvers=["ddim"], steps=[4], samples=2))
     with pytest.raises(UserError, match="other settings \\(--samples\\)"):
         run_samplers(SamplersConfig(output_dir=str(tmp_path), solvers=["ddim"], steps=[4], samples=3))

@@ -146,6 +146,11 @@ def run(config: SamplersConfig) -> "Comparison":
         UserError: bad options, or an output folder in use by another comparison.
         Worse: `against` was given, and something got worse.
     """
+    from diffalign.bench.samplers import parse_spec
+    from diffalign.pipelines.load import scheduler_class
+
+    for spec in config.solvers:
+        scheduler_class(parse_spec(spec)[0])  # a wrong name should not cost the loading of a large model
     earlier = against.read(config.against, asdict(config)) if config.against else None
     out = open_folder(config, _FREE, "rows")
     measure = _on_mixture if config.model == MIXTURE else _on_pipeline
