@@ -289,6 +289,7 @@ def test_the_table_says_what_was_missed(problem, plan, goal):
     [
         (["--problems", "mixture-x"], "a mixture is named by its seed"),
         (["--steps", "1"], "must be 2 or more"),
+        (["--problems", "mixture-0", "nowhere"], "no model at 'nowhere'"),
         (["--mixture_guidance", "0.5"], "must be 1 or more"),
         (["--noises", "2"], "noises must be at least 4"),
         (["--held_out", "1152"], "held_out must be at least 1 and below --noises"),

@@ -178,7 +178,11 @@ def run(config: PlansConfig) -> list[dict[str, Any]]:
 
     from diffalign.bench.family import Family
     from diffalign.bench.plans_report import write_report
+    from diffalign.pipelines.load import resolve_model
 
+    for name in (*config.problems, *(config.family or ())):
+        if not name.startswith(MIXTURE):
+            resolve_model(name)  # a wrong name should not show after hours on the others
     logging.set_verbosity_error()  # of options that diffusers' classes change for themselves
     folder = open_folder(config, _FREE, "cells")
     jobs = [
