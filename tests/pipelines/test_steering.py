@@ -542,7 +542,7 @@ def test_what_an_edit_cannot_do_is_refused(pipe, pictures, families):
         ({"depths": []}, "depths must lie above 0 and below 1"),
         ({"confidence": 0.0}, "confidence must lie above 0"),
         ({"updates": -1}, "updates must be at least 0"),
-        ({"order": 3}, "order must be 1 or 2"),
+        ({"order": 4}, "order must be 1, 2 or 3"),
         ({"source_prompt": ["a", "b"]}, "2 texts in source_prompt but 3 images"),
     ):
         with pytest.raises(UserError, match=match):

@@ -6,7 +6,13 @@ import torch
 from diffusers import DDIMInverseScheduler
 
 from diffalign.errors import UserError
-from diffalign.solvers import GaussianMixture, NoiseSchedule
+from diffalign.solvers import (
+    DPMSolverPPScheduler,
+    DPMSolverScheduler,
+    GaussianMixture,
+    NoiseSchedule,
+    sample,
+)
 from diffalign.solvers.inversion import follow
 from diffalign.solvers.mixture import relative_error
 
@@ -50,6 +56,33 @@ def test_a_step_of_first_order_is_diffusers_ddim_inversion(sd_betas):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("third_order", ["taylor", "published"])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("cls", [DPMSolverScheduler, DPMSolverPPScheduler])
+def test_downwards_it_is_the_multistep_scheduler(sd_betas, cls, solver_type, third_order):
+    options = {"solver_type": solver_type, "third_order": third_order, "lower_order_final": True}
+    scheduler = cls(**sd_betas, solver_order=3, final_sigmas_type="sigma_min", grid="time_uniform", **options)
+    network = GaussianMixture.random((2, 4, 4), spread=0.6, seed=1).model(scheduler.schedule)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    expected = sample(network, x, scheduler, num_inference_steps=7)
+    times = [*scheduler.timesteps.tolist(), 0.0]
+    result = follow(network, x, scheduler.schedule, times, order=3, form=cls.form, **options)
+    assert relative_error(result, expected) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["epsilon", "sample"])
+def test_third_order_leads_to_the_noise_too(problem, form):
+    kind, schedule, network, images, noisy = problem
+    grid = schedule.t_of_lambda(np.linspace(schedule.lambda_(5.0), schedule.lambda_(900.0), 81))
+    errors = [
+        relative_error(
+            follow(network, images, schedule, grid, prediction_type=kind, order=order, form=form), noisy
+        )
+        for order in (1, 2, 3)
+    ]
+    assert errors[0] > 3 * errors[1] > 6 * errors[2], errors
+
+
 def test_each_time_but_the_last_is_asked_once(problem):
     kind, schedule, network, images, _ = problem
     asked, ends = [], []
@@ -68,7 +101,10 @@ def test_each_time_but_the_last_is_asked_once(problem):
     [
         ([5.0], {}, "two or more times"),
         ([5.0, 9.0, 7.0], {}, "rise, or fall, all the way"),
-        ([5.0, 9.0], {"order": 3}, "order must be 1 or 2"),
+        ([5.0, 9.0], {"order": 4}, "order must be 1, 2 or 3"),
+        ([5.0, 9.0], {"form": "v_prediction"}, "unknown form"),
+        ([5.0, 9.0], {"solver_type": "huen"}, "did you mean 'heun'"),
+        ([5.0, 9.0], {"third_order": "halved"}, "unknown third_order"),
         ([0.0, 500.0], {}, "pure noise or to the clean image"),
         ([500.0, 1000.0], {}, "pure noise or to the clean image"),
     ],
