@@ -209,7 +209,7 @@ def make_unet() -> Any:
 
 def make_scheduler() -> Any:
     """diffusers' usual sampler on the schedule of Stable Diffusion."""
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler: Any = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
     # Not its own option, but that of classes made from its config, which clip latents to [-1, 1] otherwise.
