@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -58,16 +59,27 @@ def named_adapter(name: str) -> Reference:
 def frozen_copy(module: nn.Module, *, on_host: bool = False) -> Reference:
     """A copy of ``module`` as it is now: the reference of full fine-tuning. Costs its weights once more,
     where those are or, with `on_host`, in host memory; what it says then comes back to where it was asked."""
-    twin = copy.deepcopy(module)
-    if on_host:
-        place = next(module.parameters()).device
-        twin.to("cpu")
-        twin.register_forward_pre_hook(
-            lambda _, args, named: (send_to_device(args, "cpu"), send_to_device(named, "cpu")),
-            with_kwargs=True,
+    reference = frozen(twin := copy.deepcopy(module))
+    if not on_host:
+        return reference
+    place = next(module.parameters()).device
+    twin.to("cpu")
+    twin.register_forward_pre_hook(
+        lambda _, args, named: (send_to_device(args, "cpu"), send_to_device(named, "cpu")), with_kwargs=True
+    )
+    twin.register_forward_hook(lambda _, inputs, output: send_to_device(output, place))
+
+    @contextmanager
+    def on_the_host(network: nn.Module) -> Iterator[nn.Module]:
+        # In the precision of the policy's device, or margins would be the difference between two of them.
+        kind = place.type
+        precision = torch.autocast(
+            "cpu", torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        twin.register_forward_hook(lambda _, inputs, output: send_to_device(output, place))
-    return frozen(twin)
+        with precision, reference(network) as copied:
+            yield copied
+
+    return on_the_host
 
 
 def frozen(twin: nn.Module) -> Reference:

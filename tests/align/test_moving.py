@@ -108,7 +108,7 @@ def test_a_curriculum_goes_from_clear_to_unclear_pairs(trainer, graded, log):
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_weights(trainer, graded, options):
-    settings = {"dataset": graded, "max_train_steps": 6, **options}
+    settings = {"dataset": graded, "max_train_steps": 4, **options}
     whole = trainer("whole", **settings)
     whole.train()
     for cut in (2, 3):

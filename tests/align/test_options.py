@@ -146,6 +146,15 @@ def test_a_copy_in_host_memory_answers_as_one_beside_the_model(trainer, log, mon
     assert moved == ["cpu", "cpu", "cpu"] * 3  # arguments, named ones, and back to where the model is
 
 
+def test_a_copy_in_host_memory_has_the_precision_of_the_model(trainer, log):
+    run = trained(trainer(rank=0, reference_device="cpu", mixed_precision="bf16", max_train_steps=1))
+    assert log(run.folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    with run.adapter.reference(run.adapter.module):
+        assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16), run.adapter.reference(run.adapter.module):
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 0, "reference_draws": 1}], ids=str)
 def test_no_copy_no_place_for_it(trainer, options):
     with pytest.raises(UserError, match="reference_device cpu is for the frozen copy"):
