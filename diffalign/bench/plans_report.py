@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.bench.plots import name_styles
 from diffalign.bench.record import csv_text, store
 from diffalign.output import write_text
 from diffalign.report import PALETTE, figure_png, new_figure, save_png
@@ -52,19 +53,16 @@ def plot(rows: Sequence[Row]) -> Any:
     """Ratio of the 90th percentile and of the mean against the number of evaluations, a line a problem."""
     figure, axes = new_figure(9.0, 3.6, columns=2)
     groups = dict.fromkeys((row["problem"], row["guidance"]) for row in rows)
+    styles = name_styles([f"{problem}, guidance {guidance:g}" for problem, guidance in groups])
     for ax, what in zip(axes, ("p90", "mean"), strict=True):
-        for k, (problem, guidance) in enumerate(groups):
+        for (problem, guidance), (label, style) in zip(groups, styles.items(), strict=True):
             own = [row for row in rows if (row["problem"], row["guidance"]) == (problem, guidance)]
-            label = f"{problem}, guidance {guidance:g}"
             ax.plot(
-                [row["steps"] for row in own],
-                [row[f"ratio {what}"] for row in own],
-                "o-",
-                color=f"C{k}",
-                label=label,
+                [row["steps"] for row in own], [row[f"ratio {what}"] for row in own], label=label, **style
             )
         ax.axhline(1.0, color=PALETTE["bad"], lw=1, ls=":")
         ax.set_yscale("log")
+        ax.set_xticks(sorted({row["steps"] for row in rows}))
         ax.set_xlabel("network evaluations")
         ax.set_title("90th percentile" if what == "p90" else "mean", fontsize=10)
     axes[0].set_ylabel("fitted / best uncalibrated")
