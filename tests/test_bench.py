@@ -57,6 +57,8 @@ def test_specs():
     )
     with pytest.raises(UserError, match="'eta' should be option=value"):
         parse_spec("ddim:eta")
+    with pytest.raises(UserError, match=r"'\[' is no value of an option"):
+        parse_spec("ddim:eta=[")
 
 
 def test_errors_on_the_mixture_fall_with_the_order_of_the_method():

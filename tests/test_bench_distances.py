@@ -57,6 +57,7 @@ def test_distances_have_the_names_of_their_metrics(untrained, images):
     ("specs", "words"),
     [
         (["lpips=alx"], "did you mean 'alex'"),
+        (["lpip"], "no distance 'lpip'; did you mean 'lpips'"),
         (["playground/verifier"], "no image features"),
         (["lpips", "lpips=vgg"], "two for the metric lpips"),
     ],

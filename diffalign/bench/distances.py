@@ -19,6 +19,8 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 #: Networks of LPIPS: that of the published numbers, that of most losses, and the smallest.
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
+#: Rewards that are a CLIP.
+_CLIPS = ("playground/scorer", "clip", "pickscore", "hpsv2")
 _BATCH = 32
 
 
@@ -29,13 +31,17 @@ def load_distances(specs: Sequence[str], device: str | torch.device = "cpu") -> 
     folder, is ``feature_distance``.
 
     Raises:
-        UserError: a reward that is no CLIP, one metric twice, an unknown network, or missing weights.
+        UserError: an unknown name, a reward that is no CLIP, one metric twice, an unknown network, or missing
+            weights.
     """
-    from diffalign.rewards import load_reward
+    from diffalign.rewards import REWARDS, load_reward
 
     found: dict[str, Distance] = {}
     for spec in specs:
         name, _, rest = spec.partition("=")
+        known = ["lpips", *_CLIPS]
+        if name not in (*known, *REWARDS):
+            raise UserError(f"no distance {name!r}{suggestion(name, known)} (known: {', '.join(known)})")
         if name == "lpips":
             metric, distance = "lpips", lpips_distance(rest or LPIPS_NETWORKS[0], device)
         else:
@@ -95,8 +101,8 @@ def clip_distance(reward: Any) -> Distance:
 
     if not isinstance(reward, ClipReward):
         raise UserError(
-            f"reward {getattr(reward, 'name', reward)} has no image features; take one that is a CLIP: "
-            "playground/scorer, clip, pickscore or hpsv2; or lpips"
+            f"reward {getattr(reward, 'name', reward)} has no image features; take lpips or one that is a "
+            f"CLIP: {', '.join(_CLIPS)}"
         )
 
     def between(ours: Tensor, exact: Tensor) -> Tensor:

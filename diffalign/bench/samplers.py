@@ -53,7 +53,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """``"dpm-solver++:solver_order=3,grid=karras"`` to a solver's name and its options.
 
     Raises:
-        UserError: an option without ``=``.
+        UserError: an option without ``=``, or a value that is no YAML.
     """
     import yaml
 
@@ -63,7 +63,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         option, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"solver {spec!r}: {part!r} should be option=value, as in ddim:eta=0.5")
-        options[option.strip()] = yaml.safe_load(value)
+        try:
+            options[option.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"solver {spec!r}: {value!r} is no value of an option") from error
     return name, options
 
 
