@@ -211,10 +211,7 @@ class TimeShiftScheduler(PlanScheduler):
             return None
         updates = {}
         if one_step:
-            rows = [self.base._plan(np.array([t, end])).rows[0] for t in times]
-            updates[e] = self._table(
-                [compile_plan(Plan((row,)), scaled=not self._hooked)[0][0] for row in rows]
-            )
+            updates[e] = self._table([self._one_row(t, end) for t in times])
         return _Choice(self._on_device(levels), {e: self._on_device(times)}, updates)
 
     def _targets(self, e: int) -> _Choice | None:
@@ -231,27 +228,29 @@ class TimeShiftScheduler(PlanScheduler):
         # Up to where the step began and beyond it, if the window is as wide. Noise can't be added backwards.
         eta = getattr(self.base, "_eta", 0.0)
         ends = window_around(end, self.config.window, -1.0, time if eta else self.schedule.t_max + 1e-9)
+        levels = self._on_device(self._levels_at(ends))
+        if not isinstance(self.base, PNDMScheduler):
+            return _Choice(levels, {}, {e: self._table([self._one_row(time, t) for t in ends])})
         stages = [self._stages(size, time, float(t)) for t in ends]
         plans = []
         for t, stage in zip(ends, stages, strict=True):
             # What comes after the step is left out: it may lie above an end.
-            step = self._replanned(np.array([*nominal[: first + 1], *stage, t])).rows[first:]
+            times = np.array([*nominal[: first + 1], *stage, t])
+            starts = [start for start in self.base._steps(nominal) if start[0] <= first]
+            step = self.base._plan_of_steps(times, starts).rows[first:]
             # Among the other rows as they are: what the step keeps, and where, is the same for all ends.
             whole = Plan((*rows[:first], *step, *rows[first + size :]))
             plans.append(compile_plan(whole, scaled=not self._hooked)[0][first : first + size])
         return _Choice(
-            self._on_device(self._levels_at(ends)),
+            levels,
             {e + 1 + j: self._on_device(np.array([s[j] for s in stages])) for j in range(size - 1)},
             {e + j: self._table([plan[j] for plan in plans]) for j in range(size)},
         )
 
-    def _replanned(self, times: Array) -> Plan:
-        """The rows of a run's begin whose last step has another end."""
-        assert self._times is not None
-        if not isinstance(self.base, PNDMScheduler):
-            return self.base._plan(times)
-        steps = self.base._steps(self._times[self._origin :])
-        return self.base._plan_of_steps(times, [step for step in steps if step[0] < len(times) - 1])
+    def _one_row(self, time: float, end: float) -> Instruction:
+        """The update of a solver that reads one evaluation alone."""
+        row = self.base._plan(np.array([time, end])).rows[0]
+        return compile_plan(Plan((row,)), scaled=not self._hooked)[0][0]
 
     def _stages(self, evaluations: int, time: float, end: float) -> list[float]:
         return [] if evaluations == 1 else self.base._stage_times(evaluations, time, end)  # type: ignore[attr-defined]
