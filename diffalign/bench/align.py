@@ -62,9 +62,11 @@ _GUIDED = _ROUNDS | {"sampling_guidance_scale": 4.0}
 #: are large. Counted in items, one prompt at one step with all its images.
 _OWN = {"prompts_per_round": 64, "images_per_prompt": 4, "sample_batch_size": 64, "learning_rate": 7e-4}
 _STEPS = _OWN | {"same_start": True, "trained_steps": 0.5, "gradient_accumulation_steps": 4}
-_IMAGES = _OWN | {"inner_epochs": 4, "learning_rate": 1e-4}
+_IMAGES = _OWN | {"inner_epochs": 4, "learning_rate": 1e-4, "sample_solver": "dpm-solver++"}
 #: A few-step model has few noisy steps, and all of them decide content.
 _FEW_STEP = {"transition": "renoise", "sample_spacing": "trailing", "trained_steps": 1.0}
+#: Candidates go on to the end of the sampler before they are judged: in the middle they all look wrong.
+_FINISHED = {"images_per_prompt": 1, "branch_from": 0, "inner_steps": 1000, "compare": "all"}
 OWN_CAPTIONS = 4000  # that on-policy methods draw their prompts from
 
 METHODS: dict[str, Method] = {
@@ -88,7 +90,7 @@ METHODS: dict[str, Method] = {
         "spo",
         "SPO",
         own=True,
-        options=_STEPS | {"images_per_prompt": 1, "branch_from": 0, "train_batch_size": 32},
+        options=_STEPS | _FINISHED | {"train_batch_size": 32},
         few_step=_FEW_STEP | {"train_batch_size": 16},
     ),
     "pso": _row(
@@ -103,7 +105,13 @@ METHODS: dict[str, Method] = {
         few_step=_FEW_STEP | {"train_batch_size": 96},
     ),
     "flow-grpo": _row("ddpo", "FlowGRPO", own=True, on="flow", options=_STEPS | {"train_batch_size": 192}),
-    "flow-dpo-online": _row("flow_online", "FlowDPOOnline", own=True, on="flow", options=_IMAGES),
+    "flow-dpo-online": _row(
+        "flow_online",
+        "FlowDPOOnline",
+        own=True,
+        on="flow",
+        options=_IMAGES | {"compare": "matched", "sft_weight": 0.2, "learning_rate": 5e-4},
+    ),
     "flow-rwr-online": _row(
         "flow_online", "FlowRWROnline", own=True, on="flow", options=_IMAGES, reference=False
     ),
