@@ -602,7 +602,9 @@ def winner_preserving_scale(chosen: Tensor, rejected: Tensor, *, mu: float, per_
         chosen, rejected: residuals ``(B, C, ...)`` of the policy; no gradient is taken through them.
         mu: between 0 (the winner's error may stay) and 1 (no push at all against it); published: 0.9 for SD
             1.5, 0.6 for SDXL.
-        per_pair: False is the published form, one number for the whole micro-batch.
+        per_pair: False is the published code's form: one number for the whole micro-batch, with 1e-9 added to
+            the product of its gradients. They are those of means over all n elements, ``2 g / n``, so large
+            batches of small errors are held back more than the formula says.
 
     Returns:
         ``(B,)``; multiply the gradient of the loser's error by it, see :func:`scale_gradient`.
@@ -612,7 +614,8 @@ def winner_preserving_scale(chosen: Tensor, rejected: Tensor, *, mu: float, per_
     if not per_pair:
         square, product = (x.sum().expand(len(w)) for x in (square, product))
     free = product <= 0
-    ratio = (1 - mu) * square / torch.where(free, 1.0, product)
+    held = product if per_pair else product + 1e-9 * w.numel() ** 2 / 4
+    ratio = (1 - mu) * square / torch.where(free, 1.0, held)
     return torch.where(free, 1.0, ratio.clamp(max=1.0))
 
 

@@ -272,8 +272,7 @@ def test_winner_preserving_scale(variant, dtype):
     beta = data["in/beta"]
     residual = prediction - data["in/target"]
     scale = losses.winner_preserving_scale(*residual.chunk(2), mu=float(data["in/mu"]), per_pair=False)
-    # The published code adds 1e-9 to the product of its (tiny) gradients, which moves the scale by 1e-6.
-    torch.testing.assert_close(scale[0], data["out/lose_scale"], rtol=1e-6, atol=0)
+    assert_golden(scale[0], data["out/lose_scale"], dtype)
     policy, reference = _errors(data)
     chosen, rejected = policy.chunk(2)
     rejected = losses.scale_gradient(rejected, scale)
@@ -289,8 +288,21 @@ def test_winner_preserving_scale(variant, dtype):
         loss = losses.sigmoid(*ratios, beta).mean()
     assert_golden(loss, data["out/loss"], dtype)
     loss.backward()
-    wanted = data["grad/policy_pred"]
-    assert (prediction.grad - wanted).abs().max() <= max(1e-6, GRADIENT_TOLERANCE[dtype]) * wanted.abs().max()
+    assert_golden_gradient(prediction.grad, data["grad/policy_pred"], dtype)
+
+
+def test_the_published_winner_preserving_scale_shrinks_with_the_batch():
+    """Its 1e-9 is beside a product of gradients of means over n elements: 4 sum / n^2."""
+    chosen = torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.01
+    for count in (1, 4):
+        w = chosen[:count]
+        exact = losses.winner_preserving_scale(w, 2 * w, mu=0.0)
+        published = losses.winner_preserving_scale(w, 2 * w, mu=0.0, per_pair=False)
+        torch.testing.assert_close(exact, torch.full_like(exact, 0.5), rtol=1e-12, atol=0)
+        n = w.numel()
+        gradients = 8 * w.square().sum() / n**2  # of 2 w and w
+        torch.testing.assert_close(published, exact / (1 + 1e-9 / gradients), rtol=1e-12, atol=0)
+        assert 1 - float(published[0] / exact[0]) == pytest.approx(1e-9 * n / 8e-4, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
