@@ -438,9 +438,10 @@ def test_against_an_earlier_run(tmp_path, capsys):
     assert main(other) == 2
     assert "another --samples (3, not 2)" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()  # refused before any work
-    old.write_text("{}")
-    assert main(again) == 2
-    assert "samplers.json of an earlier run" in capsys.readouterr().err
+    for broken in ("{}", "[1]", '{"per_image": [], "settings": "x"}', "no JSON"):
+        old.write_text(broken)
+        assert main(again) == 2
+        assert "samplers.json of an earlier run" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- plots

@@ -40,7 +40,7 @@ def read(path: str, settings: Mapping[str, Any]) -> Rows:
     file = Path(path).expanduser()
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        rows, earlier = found["per_image"], found["settings"]
+        rows, earlier = found["per_image"], dict(found["settings"])
     except OSError as error:
         raise UserError(f"--against: {str(file)!r} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
