@@ -187,6 +187,7 @@ def test_what_split_weights_cannot_do_is_refused(trainer, monkeypatch, tmp_path)
         for options, words in (
             ({"low_memory": True}, "low_memory does not work under FSDP"),
             ({"mixed_precision": "fp16"}, "mixed_precision must be bf16 or no"),
+            ({"reference_update_steps": 2}, "a reference that moves does not work under FSDP"),
         ):
             with pytest.raises(UserError, match=words):
                 trainer(f"run{rank}", **options)
