@@ -14,7 +14,7 @@ from diffalign.bench.networks import SD_SCHEDULER
 from diffalign.bench.plans import Case, PlansConfig, contest, errors_of, mixture_problem, table, uncalibrated
 from diffalign.cli import main
 from diffalign.pipelines.load import make_scheduler
-from diffalign.solvers import GaussianMixture, NoiseSchedule, sample
+from diffalign.solvers import GaussianMixture, NoiseSchedule, sample, selection
 from diffalign.solvers.calibrated import Table, Tables, trace
 from diffalign.solvers.fitting import Problem, judge, solve
 from diffalign.solvers.stepwise import stepwise
@@ -187,6 +187,11 @@ def test_a_family_shares_one_table_and_is_judged_on_others(tmp_path, monkeypatch
     family = ["--family", "mixture-1", "mixture-2", "--family_guidance", "1", "3", "--steps", "3"]
     fitted, judged = [], []
     whole, look = plans.calibrated, plans.judge
+    beside = []
+    search = selection.calibrate
+    monkeypatch.setattr(
+        selection, "calibrate", lambda *a, **k: beside.append(k["decoupled"]) or search(*a, **k)
+    )
     monkeypatch.setattr("diffalign.bench.family.calibrated", lambda f, n: fitted.append(n) or whole(f, n))
     monkeypatch.setattr(
         plans, "judge", lambda p, t, table, rows: judged.append(table) or look(p, t, table, rows)
@@ -197,6 +202,7 @@ def test_a_family_shares_one_table_and_is_judged_on_others(tmp_path, monkeypatch
     kept = Tables.load(found).of(3)
     assert [table.times.tolist() for table in judged] == [kept.times.tolist()] * 2
     assert kept.info["noises"] == 2 * 2 * SMALL["noises"]
+    assert not any(beside)  # what another model is told is its own affair
     rows = json.loads((folder / "plans.json").read_text())["rows"]
     assert [row["goal"] == "met" for row in rows] == [
         row["ratio p90"] <= 1 >= row["ratio mean"] for row in rows

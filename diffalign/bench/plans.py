@@ -378,7 +378,8 @@ def _p90(errors: np.ndarray) -> float:
 
 
 def calibrated(case: Case | Family, steps: int) -> Calibration:
-    """The plan, from the noises of the fit."""
+    """The plan, from the noises of the fit; of a family, not decoupled: where another model is best asked
+    beside the sample's noise level is its own affair."""
     from diffalign.calibrate.tables import known_solvers
     from diffalign.solvers.selection import calibrate
 
@@ -394,6 +395,7 @@ def calibrated(case: Case | Family, steps: int) -> Calibration:
         iterations=case.iterations,
         recompute=config.recompute,
         mu=case.mu,
+        decoupled=isinstance(case, Case),
     )
 
 
