@@ -274,23 +274,35 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
     """Options of the trainer by their command-line names."""
     common = {
         "seed": seed,
-        "max_train_steps": config.train_steps,
+        **_length(config.train_steps),
         "train_batch_size": config.train_batch_size,
         "learning_rate": config.learning_rate,
         "lr_warmup_steps": min(20, config.train_steps // 5),
         "rank": config.rank,
         "validation_share": config.held_out,
-        "validation_steps": config.train_steps,
-        "checkpointing_steps": max(1, config.train_steps // 4),
         "checkpoints_total_limit": 1,
         "sample_steps": config.steps,
         "sample_guidance": config.guidance,
     }
-    known = {option.name for option in fields(_load(METHODS[name].config))}
-    common = {option: value for option, value in common.items() if option in known}  # not all hold pairs out
     method = METHODS[name]
+    common = _known(method, common)  # not all hold pairs out
     own = {**method.options, **(method.few_step if _few_step(config.model) else {})}
     return common | own | config.options.get(name, {})
+
+
+def _length(steps: int) -> dict[str, int]:
+    """Options of a run of so many steps: checkpoints are for a contest that is interrupted."""
+    return {
+        "max_train_steps": steps,
+        "validation_steps": steps,
+        "checkpointing_steps": max(1, steps // 4),
+    }
+
+
+def _known(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that the method's trainer has."""
+    known = {option.name for option in fields(_load(method.config))}
+    return {option: value for option, value in options.items() if option in known}
 
 
 def _few_step(model: str) -> bool:
@@ -329,7 +341,7 @@ def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) 
             )
         if steps <= facts["steps"]:
             break
-        facts = _train(config, folder, pairs, method, options | {"max_train_steps": steps}, seed)
+        facts = _train(config, folder, pairs, method, options | _known(method, _length(steps)), seed)
     return facts | {what: facts[what] + paid[what] for what in paid}
 
 
