@@ -43,7 +43,7 @@ from diffalign.trainers.config import TrainConfig
 from diffalign.trainers.health import Health
 from diffalign.trainers.log import JsonLines
 from diffalign.trainers.meter import Meter
-from diffalign.trainers.setup import accelerator_for, adamw_for, load_vae, use_xformers
+from diffalign.trainers.setup import accelerator_for, load_vae, optimizer_for, use_xformers
 from diffalign.trainers.sharding import gathered, split_as, whole
 from diffalign.trainers.weights import Weights
 
@@ -140,9 +140,10 @@ class Trainer(ABC, Generic[C]):
                 f"{self.method} does not run under FSDP or DeepSpeed, since {self.whole_because}: run it "
                 "data-parallel, see configs/accelerate/ddp.yaml"
             )
-        if config.mixed_precision == "fp16" or config.use_8bit_adam:
+        if config.mixed_precision == "fp16" or config.use_8bit_adam or config.use_adafactor:
             raise UserError(
-                "under FSDP and DeepSpeed, mixed_precision must be bf16 or no, and use_8bit_adam false"
+                "under FSDP and DeepSpeed, mixed_precision must be bf16 or no, and use_8bit_adam and "
+                "use_adafactor false"
             )
 
     # ---------------------------------------------------------------- what a method provides
@@ -460,13 +461,7 @@ class Trainer(ABC, Generic[C]):
                 self.pairs_per_step,
                 self.base_rate,
             )
-        optimizer = adamw_for(config)(
-            self.weights.trainable,
-            lr=self.base_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
+        optimizer = optimizer_for(config, self.weights.trainable, self.base_rate)
         # A function of the step, counted in optimiser steps: nothing of it has to be saved.
         self._lr_factor = get_scheduler(
             config.lr_scheduler,

@@ -47,6 +47,8 @@ class TrainConfig:
         adam_weight_decay: AdamW's weight decay.
         adam_epsilon: AdamW's epsilon.
         use_8bit_adam: AdamW of bitsandbytes, with states in 8 bits.
+        use_adafactor: Adafactor at the given rate, with adam_weight_decay: a row and a column of numbers in
+            place of each matrix of second moments, and no first moments.
         max_grad_norm: gradients are clipped to this norm.
         rank: rank of the LoRA (its alpha is the same); 0 trains all weights of the denoiser.
         lora_targets: names of the layers that get a LoRA; by default the attention projections.
@@ -100,6 +102,7 @@ class TrainConfig:
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
     use_8bit_adam: bool = False
+    use_adafactor: bool = False
     max_grad_norm: float = 1.0
     rank: int = 8
     lora_targets: list[str] = field(default_factory=list)
@@ -143,6 +146,8 @@ class TrainConfig:
         self._need("lr_scheduler", self.lr_scheduler in LR_SCHEDULERS, f"one of {', '.join(LR_SCHEDULERS)}")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise UserError("lr_scheduler constant has no warm-up: use constant_with_warmup")
+        if self.use_8bit_adam and self.use_adafactor:
+            raise UserError("use_8bit_adam and use_adafactor are two optimisers: give one of them")
         if self.overwrite and self.resume_from_checkpoint:
             raise UserError("overwrite starts anew and resume_from_checkpoint goes on: give one of the two")
         if self.validation_prompts and not self.validation_steps:

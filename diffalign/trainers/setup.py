@@ -1,8 +1,7 @@
-"""What a run needs before its first step: the accelerator, the optimiser's class, parts from elsewhere."""
+"""What a run needs before its first step: the accelerator, the optimiser, parts from elsewhere."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from torch import nn
+from transformers.optimization import Adafactor
 
 from diffalign.errors import UserError
 from diffalign.trainers import zero
@@ -58,15 +58,33 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def adamw_for(config: TrainConfig) -> Any:
-    """The class of the optimiser, to be called with parameters and settings."""
+def optimizer_for(config: TrainConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """The optimiser of a run.
+
+    Raises:
+        UserError: bitsandbytes is not there.
+    """
+    if config.use_adafactor:
+        return Adafactor(
+            parameters,
+            lr=rate,
+            weight_decay=config.adam_weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    settings: dict[str, Any] = {
+        "lr": rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
     if not config.use_8bit_adam:
-        return functools.partial(torch.optim.AdamW, fused=True)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError("use_8bit_adam needs bitsandbytes: pip install 'diffalign[bnb]'") from error
-    return bitsandbytes.optim.AdamW8bit
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
 def use_xformers(network: Any, device: torch.device, mixed_precision: str) -> bool:

@@ -97,8 +97,9 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, arguments, trainer, model
     assert [record["step"] for record in records(killed)] == list(range(1, 13))
 
 
-def test_all_weights_resume_bit_identically_against_the_first_reference(trainer):
-    options = {"rank": 0, "max_train_steps": 4}
+@pytest.mark.parametrize("use_adafactor", [False, True])
+def test_all_weights_resume_bit_identically_against_the_first_reference(trainer, use_adafactor):
+    options = {"rank": 0, "max_train_steps": 4, "use_adafactor": use_adafactor}
     whole = trainer("whole", **options).train().output_dir
     trainer("cut", checkpointing_steps=2, **options | {"max_train_steps": 2}).train()
     cut = trainer("cut", resume_from_checkpoint="checkpoint-2", **options).train().output_dir

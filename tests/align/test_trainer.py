@@ -413,6 +413,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trainer, monk
         ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use constant_with_warmup"),
         ({"overwrite": True, "resume_from_checkpoint": "latest"}, "give one of the two"),
+        ({"use_8bit_adam": True, "use_adafactor": True}, "two optimisers"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
         (
             {"resume_from_checkpoint": "checkpoint-7"},
