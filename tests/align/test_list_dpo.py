@@ -106,9 +106,19 @@ def test_a_list_of_two_is_a_pair(lists):
     assert run._scores.unique().tolist() == pytest.approx([-0.3, 0.2, 0.9])  # the prompt of two counts now
 
 
+# Little noise and a low beta, so that few steps will do.
+QUICK = {
+    "rank": 0,
+    "max_train_steps": 45,
+    "learning_rate": 1e-2,
+    "beta_dpo": 100.0,
+    "timesteps": [100.0, 200.0],
+}
+
+
 @pytest.mark.parametrize("name", ["plackett_luce", "lambda_rank"])
 def test_rankings_put_images_in_order(lists, log, name):
-    run = lists(list_loss=name, rank=0, max_train_steps=100, learning_rate=1e-2)
+    run = lists(list_loss=name, **QUICK)
     run.train()
     right = [record["rewards/accuracies"] for record in log(run.folder)]
     assert sum(right[:5]) / 5 < 0.8
@@ -117,20 +127,13 @@ def test_rankings_put_images_in_order(lists, log, name):
 
 def test_soft_targets_are_approached(lists, log):
     """They are met at small margins, whose order the noise still turns."""
-    run = lists(
-        list_loss="soft_targets",
-        loss_options={"temperature": 0.3},
-        rank=0,
-        max_train_steps=100,
-        learning_rate=1e-2,
-        beta_dpo=500.0,
-    )
+    run = lists(list_loss="soft_targets", loss_options={"temperature": 0.3}, **QUICK)
     run.train()
     lost = [record["loss"] for record in log(run.folder)]
     target = torch.tensor([0.9, 0.5, 0.0, -0.3]).div(0.3).softmax(0)
     least = -(target * target.log()).sum().item()
     assert lost[0] == pytest.approx(math.log(4), rel=1e-5)
-    assert median(lost[-20:]) - least < 0.25 * (lost[0] - least)
+    assert median(lost[-10:]) - least < 0.25 * (lost[0] - least)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])

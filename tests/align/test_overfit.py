@@ -15,8 +15,8 @@ from diffalign.trainers.list_dpo import in_order
 STEPS, IN_A_ROW = 200, 20
 
 # Errors of this network are near 1, so margins come to a few tenths and beta 10 brings z to a few units.
-# At the thousands that errors of 1e-3 want, BCO, DDO, KTO and APO are flat after one step: they look at
-# each image alone, and its beta d is in the hundreds on both sides.
+# At the thousands that errors of 1e-3 want, beta d is in the hundreds after one step, and APO and KTO, which
+# are flat on both sides, leave every image where that step took it.
 BETA = dict.fromkeys(LOSSES, 10.0) | {
     "ipo": 2.0,  # stops at z = 1/2: a margin of 1/4
     "ipo_raw": 2.0,
