@@ -150,11 +150,7 @@ class OwnImagesTrainer(OnlineTrainer[W]):
             self.solver,
             self.guidance,
             rows.prompts,
-            shape=self.adapter.latent_shape(self.config.resolution),
-            start_seeds=rows.start_seeds,
-            seeds=rows.seeds,
-            batch_size=self.rows_per_call,
-            after_step=after_step,
+            **self.drawn_as(rows, after_step),
             **self._grid,
         )
         return latents[:, None], None, self.judged(latents, rows.texts)

@@ -326,14 +326,20 @@ class OnlineTrainer(Trainer[O]):
             self.transition,
             self.guidance,
             rows.prompts,
-            shape=self.adapter.latent_shape(self.config.resolution),
-            start_seeds=rows.start_seeds,
-            seeds=rows.seeds,
-            batch_size=self.rows_per_call,
-            after_step=after_step,
+            **self.drawn_as(rows, after_step),
             keep_means=self.needs_means,
         )
         return states, means, self.judged(states[:, -1], rows.texts)
+
+    def drawn_as(self, rows: Rows, after_step: Callable[[], object]) -> dict[str, Any]:
+        """What the samplers of :mod:`diffalign.pipelines` are told alike: shape, seeds and batches."""
+        return {
+            "shape": self.adapter.latent_shape(self.config.resolution),
+            "start_seeds": rows.start_seeds,
+            "seeds": rows.seeds,
+            "batch_size": self.rows_per_call,
+            "after_step": after_step,
+        }
 
     @torch.no_grad()
     def judged(self, latents: Tensor, prompts: Sequence[str], **at: float) -> Tensor:

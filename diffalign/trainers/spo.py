@@ -137,11 +137,7 @@ class SPOTrainer(PairItemTrainer[SPOConfig]):
             rows.prompts,
             self.branches,
             judge,
-            shape=self.adapter.latent_shape(self.config.resolution),
-            start_seeds=rows.start_seeds,
-            seeds=rows.seeds,
-            batch_size=self.rows_per_call,
-            after_step=after_step,
+            **self.drawn_as(rows, after_step),
         )
         return states, None, scores
 
