@@ -7,11 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffalign.bench import align, align_report
 from diffalign.bench.align import METHODS, AlignConfig, table, verdict
 from diffalign.bench.align_judge import Judged, diversity
 from diffalign.cli import main
+from diffalign.data import open_pairs
 from diffalign.errors import UserError
 
 SMALL = {
@@ -59,6 +61,40 @@ def test_a_contest_end_to_end_goes_on_with_another_method(tmp_path, monkeypatch,
     # Other settings would mix two contests.
     assert main(words(folder, "--methods", "sft", "--guidance", "2")) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_captions_and_lists_are_made_of_the_same_candidates(tmp_path):
+    folder = tmp_path / "contest"
+    more = ("--pair_images", "3", "--methods", "dcpo", "list-dpo")
+    assert main(words(folder, *more)) == 0
+    seed = folder / "seed-0"
+    pairs, captions = open_pairs(seed / "pairs"), open_pairs(seed / "captions")
+    lists = [json.loads(line) for line in (seed / "lists" / "pairs.jsonl").read_text().splitlines()]
+    assert [pair.prompt for pair in pairs] == [row["prompt"] for row in lists]
+    for pair, own, row in zip(pairs, captions, lists, strict=True):
+        assert own.captions[0] == pair.prompt != own.captions[1]  # told without a look at the image
+        assert own.images == pair.images
+        best, worst = (row["scores"].index(end(row["scores"])) for end in (max, min))
+        shown = [Image.open(seed / "lists" / file).copy() for file in row["images"]]
+        assert len(shown) == 3
+        assert (shown[best], shown[worst]) == pair.images
+    dcpo, list_dpo = json.loads((folder / "align.json").read_text())["rows"][1:]
+    drawn = 8 * 3 * 2 * 2  # captions, images, steps, both branches of guidance
+    assert dcpo["evaluations"] == drawn + 2 * 2 * 2 * 4  # steps, pairs, images, policy (3) and reference
+    assert list_dpo["evaluations"] == drawn + 2 * 2 * 3 * 4
+
+
+def test_a_contest_older_than_the_lists_draws_them_again_and_keeps_its_pairs(tmp_path):
+    config = AlignConfig(**SMALL | {"pair_prompts": 2})
+    pairs = align.draw_pairs(config, tmp_path / "pairs", 0)
+    lines = (tmp_path / "lists" / "pairs.jsonl").read_text()
+    before = (pairs / "pairs.jsonl").stat()
+    shutil.rmtree(tmp_path / "lists")
+    align.draw_pairs(config, tmp_path / "pairs", 0)
+    assert not (tmp_path / "lists").exists()
+    align.draw_pairs(config, tmp_path / "pairs", 0, lists=True)
+    assert (tmp_path / "lists" / "pairs.jsonl").read_text() == lines
+    assert (pairs / "pairs.jsonl").stat() == before
 
 
 def test_equal_evaluations_buy_each_method_its_own_number_of_steps(tmp_path, capsys):

@@ -39,6 +39,8 @@ class Method:
         reference: whether it is held to a reference, and so should beat fine-tuning.
         own: whether it samples what it learns from by itself, and has the scorer judge it.
         on: the models that it is for: any, flow (playground/flow) or few-step (playground/few-step).
+        data: what it learns from, unless `own`: pairs; pairs whose rejected image has a perturbed caption
+            (captions); or all images of the pairs' captions with their scores (lists).
     """
 
     config: str
@@ -48,6 +50,7 @@ class Method:
     reference: bool = True
     own: bool = False
     on: Literal["any", "flow", "few-step"] = "any"
+    data: Literal["pairs", "captions", "lists"] = "pairs"
 
 
 def _row(module: str, name: str, **rest: Any) -> Method:
@@ -74,6 +77,8 @@ METHODS: dict[str, Method] = {
     "diffusion-dpo": _row("diffusion_dpo", "DiffusionDPO"),
     "flow-dpo": _row("flow_dpo", "FlowDPO", on="flow"),
     "sdpo": _row("diffusion_dpo", "DiffusionDPO", options={"sdpo_mu": 0.9}),
+    "dcpo": _row("dcpo", "DCPO", data="captions"),
+    "list-dpo": _row("list_dpo", "ListDPO", data="lists"),
     "mapo": _row("mapo", "MaPO", reference=False),
     "diffusion-kto": _row("kto", "DiffusionKTO"),
     "seppo": _row("seppo", "SePPO", options=_GUIDED),
@@ -131,18 +136,20 @@ class AlignConfig:
     Attributes:
         output_dir: folder for the contest
         model: pipeline folder whose captions are the playground's; playground/sd is the shipped one
-        methods: rows of the table: sft, diffusion-dpo, mapo, diffusion-kto, seppo, spin-diffusion, ddo, d3po,
-            spo, ddpo, ...; flow-dpo, flow-dpo-online, flow-rwr-online and flow-grpo are for playground/flow,
+        methods: rows of the table: sft, diffusion-dpo, dcpo (on prompts perturbed by rule for the rejected
+            image), list-dpo (on all images of the pairs' captions), mapo, diffusion-kto, seppo,
+            spin-diffusion, ddo, d3po, spo, ddpo, ...; flow-dpo, flow-dpo-online, flow-rwr-online and flow-grpo are for playground/flow,
             pso for playground/few-step
         options: options of single methods, such as {diffusion-kto: {beta_kto: 1000}}
         seeds: each with pairs, training, captions and noises of its own
         pair_prompts: captions that pairs are sampled for
-        pair_images: images per caption, of which the best and the worst make a pair
+        pair_images: images per caption, of which the best and the worst make a pair, and all a list
         margin: pairs whose scores differ by less are left out
         equal: what is the same for all: steps, evaluations or seconds
         budget: with equal evaluations or seconds, how many of a run; a row with a gradient counts as three
         train_steps: optimiser steps; with equal evaluations or seconds, the first of them say what one costs
-        train_batch_size: pairs, single images or, on-policy, steps of a prompt's images per optimiser step
+        train_batch_size: pairs, lists, single images or, on-policy, steps of a prompt's images per optimiser
+            step
         learning_rate: of the LoRA
         rank: of the LoRA
         held_out: share of the pairs' captions that the implicit accuracy is measured on
@@ -230,7 +237,7 @@ def contestant(config: AlignConfig, folder: Path, seed: int, name: str) -> Judge
     facts: dict[str, Any] = {}
     pipe = load_pipeline(config.model)
     if name != "base":
-        pairs = draw_pairs(config, folder / "pairs", seed)
+        pairs = draw_pairs(config, folder / "pairs", seed, lists=METHODS[name].data == "lists")
         facts = train(config, own, pairs, seed, name)
         load_lora(pipe, str(own))
         facts["implicit"] = implicit_accuracy(pipe, pairs, config.held_out)
@@ -242,16 +249,18 @@ def contestant(config: AlignConfig, folder: Path, seed: int, name: str) -> Judge
 COST = "cost.json"
 
 
-def draw_pairs(config: AlignConfig, folder: Path, seed: int) -> Path:
-    """Pairs of the base model's own samples, the best against the worst of each caption."""
+def draw_pairs(config: AlignConfig, folder: Path, seed: int, *, lists: bool = False) -> Path:
+    """Pairs of the base model's own samples, the best against the worst of each caption; beside them, all
+    samples of these captions as ``lists``, which are drawn once more if the folder is older than they."""
     from diffalign.pipelines.generate import denoiser
     from diffalign.pipelines.load import load_pipeline
     from diffalign.playground import load_scorer
     from diffalign.playground.captions import draw_captions
-    from diffalign.playground.pairs import draw_candidates, write
+    from diffalign.playground.pairs import draw_candidates, write, write_as_lists
     from diffalign.trainers.meter import Meter
 
-    if not (folder / COST).is_file():
+    whole = folder.with_name("lists")
+    if not (folder / COST).is_file() or (lists and not (whole / COST).is_file()):
         pipe = load_pipeline(config.model)
         meter, began = Meter(denoiser(pipe)), time.perf_counter()
         candidates = draw_candidates(
@@ -264,9 +273,28 @@ def draw_pairs(config: AlignConfig, folder: Path, seed: int) -> Path:
             seed=seed,
             progress="sampling candidates",
         )
-        write(candidates, folder, margin=config.margin, overwrite=True)
         cost = {"evaluations": meter.total, "seconds": time.perf_counter() - began}
-        output.write_json(folder / COST, cost)
+        for target, written in ((whole, write_as_lists), (folder, write)):
+            if not (target / COST).is_file():
+                written(candidates, target, margin=config.margin, overwrite=True)
+                output.write_json(target / COST, cost)
+    return folder
+
+
+def learnt_from(method: Method, pairs: Path, seed: int) -> Path:
+    """The data of an offline method, made of the drawn ones where they are not there yet.
+
+    Perturbing asks no network, so it costs nothing; nor does it look at the images, so that neither the
+    verifier nor the scorer has a say in it.
+    """
+    from diffalign.data import open_pairs, write_pairs
+    from diffalign.data.perturb import RulePerturber, perturb
+
+    if method.data == "pairs":
+        return pairs
+    folder = pairs.with_name(method.data)
+    if method.data == "captions" and not folder.is_dir():
+        write_pairs(folder, perturb(list(open_pairs(pairs)), RulePerturber(seed=seed)))
     return folder
 
 
@@ -280,12 +308,13 @@ def recipe(config: AlignConfig, seed: int, name: str) -> dict[str, Any]:
         "lr_warmup_steps": min(20, config.train_steps // 5),
         "rank": config.rank,
         "validation_share": config.held_out,
+        "list_length": config.pair_images,
         "checkpoints_total_limit": 1,
         "sample_steps": config.steps,
         "sample_guidance": config.guidance,
     }
     method = METHODS[name]
-    common = _known(method, common)  # not all hold pairs out
+    common = _known(method, common)  # not all hold pairs out, or take lists
     own = {**method.options, **(method.few_step if _few_step(config.model) else {})}
     return common | own | config.options.get(name, {})
 
@@ -329,6 +358,7 @@ def train(config: AlignConfig, folder: Path, pairs: Path, seed: int, name: str) 
     paid = {"evaluations": 0.0, "seconds": 0.0}
     if not method.own:
         paid = json.loads((pairs / COST).read_text())
+        pairs = learnt_from(method, pairs, seed)
     facts = _train(config, folder, pairs, method, options, seed)
     while config.equal != "steps":
         per_step = facts[config.equal] / facts["steps"]

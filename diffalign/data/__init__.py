@@ -16,7 +16,7 @@ from diffalign.data.rows import Selection
 from diffalign.data.scored import open_scored
 from diffalign.data.unpaired import ImageDataset, LabelledImage, open_images
 from diffalign.data.votes import Vote, image_scores, read_votes
-from diffalign.data.write import write_pairs
+from diffalign.data.write import ScoredImages, write_lists, write_pairs
 
 __all__ = [
     "BadRow",
@@ -24,6 +24,7 @@ __all__ = [
     "LabelledImage",
     "Pair",
     "PairDataset",
+    "ScoredImages",
     "Selection",
     "Vote",
     "image_scores",
@@ -31,5 +32,6 @@ __all__ = [
     "open_pairs",
     "open_scored",
     "read_votes",
+    "write_lists",
     "write_pairs",
 ]

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,49 @@ def write_pairs(
             write(new, shards, (Entry(n, pair, (pair.chosen, pair.rejected)) for n, pair in shard), {})
             shards += 1
         finish(new, shards)
+        put_in_place(new, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Images of one prompt with their scores.
+
+    Attributes:
+        id: what messages call the list.
+        prompt: of all its images.
+        images: K PIL images.
+        scores: K numbers, higher is better.
+    """
+
+    id: str
+    prompt: str
+    images: Sequence[Image.Image]
+    scores: Sequence[float]
+
+
+def write_lists(folder: str | Path, lists: Iterable[ScoredImages], *, overwrite: bool = False) -> Path:
+    """Write ``folder/pairs.jsonl`` with ``prompt, images, scores`` and ``folder/images/*.png`` (lossless), as
+    :func:`diffalign.data.open_scored` and :func:`~diffalign.data.open_pairs` read it; returns the folder.
+
+    All or nothing, as :func:`write_pairs`.
+
+    Raises:
+        UserError: likewise.
+    """
+    folder = check_target(folder, overwrite)
+    with _aside(folder, f"new-{os.getpid()}") as new:
+        (new / "images").mkdir()
+        with (new / JSONL_NAMES[0]).open("w", encoding="utf-8") as lines:
+            for number, listed in enumerate(lists):
+                files = [f"images/{number:06d}_{i}.png" for i in range(len(listed.images))]
+                for file, image in zip(files, listed.images, strict=True):
+                    image.save(new / file)
+                row = {"id": listed.id, "prompt": listed.prompt, "images": files}
+                row["scores"] = [float(score) for score in listed.scores]
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
         put_in_place(new, folder)
     return folder
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffalign.data import Pair, write_pairs
+from diffalign.data import Pair, ScoredImages, write_lists, write_pairs
 from diffalign.errors import UserError
 from diffalign.pipelines.generate import generate
 from diffalign.playground.captions import draw_captions
@@ -21,7 +21,8 @@ from diffalign.playground.captions import draw_captions
 class PairsConfig:
     """Sample a playground model and let the scorer pick the best and the worst image of each caption.
 
-    Writes a folder of images with pairs.jsonl (prompt, chosen, rejected), ready for 'diffalign train'.
+    Writes a folder of images with pairs.jsonl (prompt, chosen, rejected), ready for 'diffalign train'; with
+    lists, (prompt, images, scores) for 'diffalign train list-dpo'.
 
     Args:
         output_dir: folder for the pairs.
@@ -31,7 +32,8 @@ class PairsConfig:
         images: images per caption, of which the best and the worst make a pair.
         steps: sampling steps (DPM-Solver++; a few-step model has its own sampler).
         guidance: classifier-free guidance scale.
-        margin: pairs whose scores differ by less are left out.
+        margin: pairs whose scores differ by less are left out, and lists whose best and worst do.
+        lists: write all images of each caption with their scores instead of the best and the worst.
         batch_size: images per network call.
         seed: of captions and noise.
         overwrite: replace pairs that are in output_dir.
@@ -45,6 +47,7 @@ class PairsConfig:
     steps: int = 12
     guidance: float = 4.0
     margin: float = 1.5
+    lists: bool = False
     batch_size: int = 40
     seed: int = 0
     overwrite: bool = False
@@ -149,8 +152,10 @@ def run(config: PairsConfig) -> Path:
         seed=config.seed,
         progress="sampling candidates",
     )
-    n = write(candidates, folder, margin=config.margin, overwrite=config.overwrite)
-    print(f"wrote {n} pairs of {len(candidates.captions)} captions to {folder}")
+    written = write_as_lists if config.lists else write
+    n = written(candidates, folder, margin=config.margin, overwrite=config.overwrite)
+    what = "lists" if config.lists else "pairs"
+    print(f"wrote {n} {what} of {len(candidates.captions)} captions to {folder}")
     return folder
 
 
@@ -160,9 +165,7 @@ def write(candidates: Candidates, folder: Path, *, margin: float, overwrite: boo
     Raises:
         UserError: no pair is left, or the folder is in use.
     """
-    chosen = candidates.pairs(margin)
-    if not chosen:
-        raise UserError(f"no two scores differ by {margin} or more; lower --margin or draw more images")
+    chosen = _chosen(candidates, margin)
 
     def pairs() -> Iterator[Pair]:
         for p, best, worst in tqdm(chosen, desc="writing", unit="pair", leave=False):
@@ -171,3 +174,29 @@ def write(candidates: Candidates, folder: Path, *, margin: float, overwrite: boo
 
     write_pairs(folder, pairs(), overwrite=overwrite)
     return len(chosen)
+
+
+def write_as_lists(candidates: Candidates, folder: Path, *, margin: float, overwrite: bool = False) -> int:
+    """Write all images, with their scores, of the captions that :func:`write` makes pairs of; returns the
+    number of captions.
+
+    Raises:
+        UserError: as :func:`write`.
+    """
+    chosen = _chosen(candidates, margin)
+
+    def lists() -> Iterator[ScoredImages]:
+        for p, _, _ in tqdm(chosen, desc="writing", unit="list", leave=False):
+            images = [Image.fromarray(image) for image in candidates.images[p]]
+            yield ScoredImages(
+                f"caption-{p:04d}", candidates.captions[p], images, candidates.scores[p].tolist()
+            )
+
+    write_lists(folder, lists(), overwrite=overwrite)
+    return len(chosen)
+
+
+def _chosen(candidates: Candidates, margin: float) -> list[tuple[int, int, int]]:
+    if not (chosen := candidates.pairs(margin)):
+        raise UserError(f"no two scores differ by {margin} or more; lower --margin or draw more images")
+    return chosen
