@@ -138,8 +138,8 @@ class AlignConfig:
         model: pipeline folder whose captions are the playground's; playground/sd is the shipped one
         methods: rows of the table: sft, diffusion-dpo, dcpo (on prompts perturbed by rule for the rejected
             image), list-dpo (on all images of the pairs' captions), mapo, diffusion-kto, seppo,
-            spin-diffusion, ddo, d3po, spo, ddpo, ...; flow-dpo, flow-dpo-online, flow-rwr-online and flow-grpo are for playground/flow,
-            pso for playground/few-step
+            spin-diffusion, ddo, d3po, spo, ddpo, ...; flow-dpo, flow-dpo-online, flow-rwr-online and
+            flow-grpo are for playground/flow, pso for playground/few-step
         options: options of single methods, such as {diffusion-kto: {beta_kto: 1000}}
         seeds: each with pairs, training, captions and noises of its own
         pair_prompts: captions that pairs are sampled for
