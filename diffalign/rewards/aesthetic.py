@@ -39,7 +39,7 @@ class Aesthetic(Reward):
         self.register_buffer("bias", bias)
 
     def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        square = to_square(images, self.clip.size, preprocess=self.preprocess)
+        square = to_square(images, self.clip.size, fit="center_crop", preprocess=self.preprocess)
         return (self.clip.images(square) * self.weight[:, 0]).sum(-1) + self.bias
 
 

@@ -1,6 +1,8 @@
 """HPSv2 and HPSv2.1 (Wu et al. 2023): a ViT-H/14 fine-tuned on human rankings, plain ``cos(image, text)``.
 
-Images keep their shape: the longer side is brought to 224 and black is put around, before normalising.
+Images keep their shape: the longer side is brought to 224 and black is put around, before normalising. The
+published code resizes float tensors, so ``preprocess="tensor"`` is its own form here; what overshoots [0, 1]
+at sharp edges is cut off, there it is not. With torchvision before 0.17 that code did not antialias.
 """
 
 from __future__ import annotations

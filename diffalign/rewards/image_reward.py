@@ -78,7 +78,9 @@ class ImageReward(Reward):
         self.std: Tensor
 
     def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = to_square(images, self.vision.config.image_size, preprocess=self.preprocess)
+        pixels = to_square(
+            images, self.vision.config.image_size, fit="center_crop", preprocess=self.preprocess
+        )
         seen = self.vision(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         words = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"

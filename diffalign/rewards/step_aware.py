@@ -7,6 +7,9 @@ new model starts, it is the CLIP that it was made from. Towers: the ViT of trans
 (PickScore) and the ResNet of open_clip (the playground's scorer), whose branches have their shift and scale
 after the second normalisation.
 
+The released code resizes without antialiasing, in training and in SPO: a released checkpoint is shown images
+so, a model of one's own antialiased ones. ``preprocess="pil"`` antialiases either.
+
 A folder holds the CLIP (as any), ``step_aware.json`` and ``step_aware.safetensors``.
 """
 
@@ -17,7 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -29,11 +32,10 @@ from diffalign.errors import UserError
 from diffalign.output import write_json
 from diffalign.rewards.clip import Clip, ClipReward, TransformersClip, load_clip, unit
 from diffalign.rewards.files import fill, local, needed, read_weights
-from diffalign.rewards.preprocess import Preprocess
+from diffalign.rewards.preprocess import Fit, Preprocess, to_square
 
 CONFIG, WEIGHTS = "step_aware.json", "step_aware.safetensors"
 FREQUENCIES = 256
-Init = Literal["identity", "published"]
 
 
 class Modulation(nn.Module):
@@ -41,17 +43,16 @@ class Modulation(nn.Module):
 
     Args:
         width: of the embedding.
-        widths: of what comes out, each named by its role: ``shift``, ``scale`` or ``gate``.
-        init: ``identity`` starts gates at 1 and the rest at 0; ``published`` starts everything at 1, as the
-            released code does, which is not the identity.
+        widths: of what comes out, each named by its role: ``shift``, ``scale`` or ``gate``. Gates start at
+            1, the rest at 0.
     """
 
-    def __init__(self, width: int, widths: Sequence[tuple[str, int]], init: Init = "identity") -> None:
+    def __init__(self, width: int, widths: Sequence[tuple[str, int]]) -> None:
         super().__init__()
         self.widths = [size for _, size in widths]
         self.linear = nn.Linear(width, sum(self.widths))
         nn.init.zeros_(self.linear.weight)
-        start = [torch.full((size,), float(init == "published" or role == "gate")) for role, size in widths]
+        start = [torch.full((size,), float(role == "gate")) for role, size in widths]
         self.linear.bias.data.copy_(torch.cat(start))
 
     def forward(self, time: Tensor, dims: int) -> tuple[Tensor, ...]:
@@ -135,22 +136,21 @@ class StepAware(ClipReward):
 
     Args:
         clip: the model that it starts from; used in place.
-        init: see :class:`Modulation`.
+        antialias: False resizes, and cuts images that are not square, as the released code does.
     """
 
     step_aware = True
 
-    def __init__(self, clip: Clip, *, init: Init = "identity", preprocess: Preprocess = "tensor") -> None:
-        super().__init__("step-aware", clip, preprocess=preprocess)
+    def __init__(self, clip: Clip, *, antialias: bool = True, preprocess: Preprocess = "tensor") -> None:
+        fit: Fit = "crop" if antialias else "center_crop"
+        super().__init__("step-aware", clip, fit=fit, preprocess=preprocess)
+        self.antialias = antialias
         tower = _tower(clip)
         self.time = TimestepEmbedding(FREQUENCIES, tower.width)
         for linear in (self.time.linear_1, self.time.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        self.blocks = nn.ModuleList(
-            Modulation(tower.width, tower.roles(block), init) for block in tower.blocks
-        )
-        # The released code starts this one at the identity.
+        self.blocks = nn.ModuleList(Modulation(tower.width, tower.roles(block)) for block in tower.blocks)
         self.final = Modulation(tower.width, tower.final_roles())
         for part in self._conditioning().values():
             part.requires_grad_(False)
@@ -178,6 +178,11 @@ class StepAware(ClipReward):
     def rewards(self, images: Tensor, prompts: Sequence[str], timesteps: Tensor | float = 0.0) -> Tensor:
         seen = self.images(self.square(images), timesteps)
         return self.clip.scale * (seen * self.texts(prompts)).sum(-1)
+
+    def square(self, images: Tensor) -> Tensor:
+        return to_square(
+            images, self.clip.size, fit=self.fit, preprocess=self.preprocess, antialias=self.antialias
+        )
 
     def images(self, pixels: Tensor, timesteps: Tensor | float) -> Tensor:
         """``(B, D)`` float32 unit vectors of ``pixels (B, 3, size, size)`` in [0, 1] at `timesteps`."""
@@ -212,7 +217,8 @@ class StepAware(ClipReward):
         folder.mkdir(parents=True, exist_ok=True)
         self.clip.save(folder)
         save_file(self.conditioning_state(), folder / WEIGHTS)
-        write_json(folder / CONFIG, {"conditioning": "adaptive normalisation", "frequencies": FREQUENCIES})
+        config = {"frequencies": FREQUENCIES, "antialias": self.antialias}
+        write_json(folder / CONFIG, {"conditioning": "adaptive normalisation", **config})
 
 
 def timestep_features(t: Tensor) -> Tensor:
@@ -224,7 +230,6 @@ def load(
     path: str | Path | None = None,
     *,
     checkpoint: str | Path | None = None,
-    init: Init = "identity",
     preprocess: Preprocess = "tensor",
 ) -> StepAware:
     """From a folder of :meth:`StepAware.save_pretrained`; from a plain CLIP (folder or hub id), as which it
@@ -232,21 +237,21 @@ def load(
 
     Args:
         checkpoint: file of the released code: a state dict whose names begin with ``model.``.
-        init: how a new model starts, see :class:`Modulation`.
     """
     reward = "step-aware"
     folder = local(
         needed(path, reward=reward, example="yuvalkirstain/PickScore_v1 for a new one"), reward=reward
     )
-    if init not in ("identity", "published"):
-        raise UserError(f"reward {reward}: init is identity or published, not {init!r}")
+    antialias = not checkpoint
     if (folder / CONFIG).is_file():
-        found = json.loads((folder / CONFIG).read_text()).get("frequencies")
+        config = json.loads((folder / CONFIG).read_text())
+        antialias = antialias and config.get("antialias", True)
+        found = config.get("frequencies")
         if found != FREQUENCIES:
             raise UserError(
                 f"reward {reward}: {folder / CONFIG} asks for {found} frequencies, not {FREQUENCIES}"
             )
-    model = StepAware(load_clip(folder, reward=reward), init=init, preprocess=preprocess)
+    model = StepAware(load_clip(folder, reward=reward), antialias=antialias, preprocess=preprocess)
     if checkpoint:
         file = Path(checkpoint).expanduser()
         state = _from_published(read_weights(file, reward=reward))

@@ -4,6 +4,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +20,13 @@ def as_pil(image: torch.Tensor) -> Image.Image:
 
 
 @settings(deadline=None, max_examples=40)
-@given(SIDES, SIDES, st.integers(1, 40), st.sampled_from(["crop", "pad"]), st.sampled_from(["tensor", "pil"]))
+@given(
+    SIDES,
+    SIDES,
+    st.integers(1, 40),
+    st.sampled_from(["crop", "center_crop", "pad"]),
+    st.sampled_from(["tensor", "pil"]),
+)
 def test_any_image_becomes_the_square(height, width, size, fit, preprocess):
     square = to_square(torch.rand(2, 3, height, width), size, fit=fit, preprocess=preprocess)
     assert square.shape == (2, 3, size, size)
@@ -48,6 +55,17 @@ def test_pad_is_open_clips_longest_side(pictures, height, width):
     wanted = torch.stack([transform(as_pil(image)) for image in images])
     assert (to_square(images, 32, fit="pad", preprocess="pil") - wanted).abs().max() < 1e-6
     assert (to_square(images, 32, fit="pad") - wanted).abs().mean() < 1 / 255
+
+
+@pytest.mark.parametrize("width", range(32, 40))  # with 3 and 7 columns too many, centres differ
+def test_center_crop_is_torchvisions(pictures, width):
+    (image,) = images = pictures(1, 32, width)
+    wanted = torchvision.transforms.CenterCrop(32)(image)
+    for preprocess in ("tensor", "pil"):
+        found = to_square(images, 32, fit="center_crop", preprocess=preprocess)[0]
+        assert (found - wanted).abs().max() < 0.6 / 255
+        same = (to_square(images, 32, preprocess=preprocess)[0] - found).abs().max() == 0
+        assert same == (width - 32 not in (3, 7))
 
 
 def test_pad_keeps_what_crop_cuts_off():
