@@ -176,7 +176,8 @@ def f_dpo(
     """``base( f'(u_w) - f'(u_l) )``, ``u = e^{scale d}``: DPO under another divergence than reverse KL.
 
     f' is exponential in the log-ratio, so it wants nats: `scale` should bring ``|scale d|`` to about 1 (mean
-    reduced errors of 16384 latents are that many times too small). It is clamped at +-20.
+    reduced errors of 16384 latents are that many times too small, and there all divergences are alike), see
+    :func:`nats_per_unit`. ``scale d`` is clamped at +-20.
     """
     shape = _DIVERGENCES[divergence]
     w, l = (shape((scale * d).clamp(-20, 20), alpha) for d in (chosen, rejected))  # noqa: E741
@@ -366,7 +367,8 @@ class Loss:
     further tensors (B,) that it is given by name: ``reference_margin`` is ``ell_ref(w) - ell_ref(l)``,
     ``policy_chosen`` the policy's ``ell(w)``, ``preference`` the probability that the chosen image wins,
     ``gap`` the difference of the images' scores, ``reward_mean`` a running mean of ``beta d``;
-    ``batchwise``: whether the pairs of a batch see one another.
+    ``batchwise``: whether the pairs of a batch see one another; ``exponential``: whether log-ratios are
+    exponentiated, and so must be in nats (an option ``scale``).
     """
 
     fn: Callable[..., Tensor]
@@ -374,6 +376,7 @@ class Loss:
     options: tuple[str, ...] = ()
     inputs: tuple[LossInput, ...] = ()
     batchwise: bool = False
+    exponential: bool = False
 
     def __call__(
         self,
@@ -384,12 +387,19 @@ class Loss:
         preference: Tensor | None = None,
         gap: Tensor | None = None,
         reward_mean: float = 0.0,
+        nats: float = 1.0,
         **options: float,
     ) -> Tensor:
         """The loss ``(B,)`` from log-likelihoods ``(2B,)`` of ``[chosen_1..B, rejected_1..B]``.
 
         `reference` is None for a loss without one; `preference` and `gap` are ``(B,)``, 1 and 0 unless given.
+        `nats` is how many nats a log-ratio of 1 is (:func:`nats_per_unit`), for a loss that is exponential
+        and has no `scale` among its options: it is its scale, and `beta`, as the strength for log-ratios in
+        the units that they are given in, is divided by it. So pairs near the reference are pulled as hard as
+        :func:`sigmoid` pulls them (with ``js``, half as hard), whatever `nats` is.
         """
+        if self.exponential and "scale" not in options:
+            options, beta = {**options, "scale": nats}, beta / nats
         chosen, rejected = (policy if reference is None else policy - reference).chunk(2)
         margin = (
             torch.zeros_like(chosen) if reference is None else reference.chunk(2)[0] - reference.chunk(2)[1]
@@ -405,7 +415,7 @@ class Loss:
 
 
 def _f_dpo(divergence: str, *options: str) -> Loss:
-    return Loss(partial(f_dpo, divergence=divergence), options=("scale", *options))
+    return Loss(partial(f_dpo, divergence=divergence), options=("scale", *options), exponential=True)
 
 
 LOSSES: dict[str, Loss] = {
@@ -474,6 +484,19 @@ def automatic_beta(margin: float, *, target: float = 0.2, low: float = 1.0, high
     if not 0.0 < target < 0.5:
         raise UserError(f"the target of an automatic beta must lie between 0 and 0.5, but is {target}")
     return min(max(math.log(1.0 / target - 1.0) / max(margin, 1e-30), low), high)
+
+
+def nats_per_unit(mean_square: float) -> float:
+    """``1 / sqrt(E d^2)``, which brings log-ratios to about 1 nat; 1 where all are 0, at the reference.
+
+    How many nats a denoising error truly is depends on weighting and schedule. A divergence needs their order
+    of magnitude: far below 1 all divergences are alike, far above only the clamp is left of them.
+
+    Args:
+        mean_square: running mean of ``d^2`` over chosen and rejected images, about 0, where the reference is,
+            and not about the mean of d, which moves away from it.
+    """
+    return 1.0 / math.sqrt(mean_square) if mean_square > 0 else 1.0
 
 
 # ------------------------------------------------------- rows with a label

@@ -22,6 +22,7 @@ from diffalign.losses import (
     automatic_beta,
     dspo_residual,
     get_loss,
+    nats_per_unit,
     scale_gradient,
     winner_preserving_scale,
 )
@@ -29,7 +30,9 @@ from diffalign.trainers.base import TrainResult, run_once
 from diffalign.trainers.denoising import Batch
 from diffalign.trainers.moving import MovingConfig, MovingReferenceTrainer
 
-MEMORY = 0.95  # of the running means of margins (of an automatic beta) and of gains (of the loss bco)
+# Of the running means of margins (of an automatic beta), of gains (of the loss bco) and of their squares (of
+# losses that exponentiate them).
+MEMORY = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,10 @@ class DiffusionDPOConfig(MovingConfig):
             odpo and soft_labels need scores of both images (diffalign data score).
         label_smoothing: probability that a label is wrong; for sigmoid, robust, exo_pair, aot and a few
             more.
-        loss_options: further settings of a loss, such as penalty for dpop or gamma for simpo.
+        loss_options: further settings of a loss, such as penalty for dpop or gamma for simpo. The scale that
+            forward_kl, js and alpha_divergence multiply log-ratios with follows their running size, so that
+            it comes to about 1, and beta_dpo keeps its meaning, unless scale is given here; then beta_dpo is
+            for log-ratios times that scale.
         sft_weight: adds so many times the denoising error of the chosen image, in units of beta/2: 1 pulls as
             hard as an unsure pair pushes. A guard against falling winners.
         sdpo_mu: if set, the gradient of the rejected image's error is scaled down as far as it must be for a
@@ -171,6 +177,8 @@ class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
         self.beta = config.beta_dpo
         self._margin: float | None = None
         self._gain = 0.0
+        self._square = 0.0
+        self._exponential = any(LOSSES[t.name].exponential and "scale" not in t.options for t in self.terms)
 
     def after_step(self, margin: float, gain: float) -> None:
         if self.warming:
@@ -182,12 +190,32 @@ class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
             self.beta = automatic_beta(self._margin, target=self.config.beta_target)
 
     def state(self) -> dict[str, Any]:
-        return {"margin": self._margin, "beta": self.beta, "gain": self._gain}
+        return {"margin": self._margin, "beta": self.beta, "gain": self._gain, "square": self._square}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._gain = state.get("gain", 0.0)
+        self._gain, self._square = state.get("gain", 0.0), state.get("square", 0.0)
         if self.config.beta_target and state:
             self._margin, self.beta = state["margin"], state["beta"]
+
+    @property
+    def nats(self) -> float:
+        """How many nats a log-ratio of 1 is taken for, from the steps so far; the same in all processes."""
+        return nats_per_unit(self._square)
+
+    def _sums(self, errors: Errors, logit: Tensor, batch: Batch) -> Tensor:
+        sums = super()._sums(errors, logit, batch)
+        if not self._exponential:
+            return sums
+        return torch.cat([sums, errors.log_ratio().detach().float().square().sum()[None]])
+
+    def summarise(self, sums: list[float], pairs: int) -> dict[str, Any]:
+        if not self._exponential:
+            return super().summarise(sums, pairs)
+        used, square = self.nats, sums[-1] / (2 * pairs)
+        if square > 0 and not self.warming:  # all are 0 at the reference, which says nothing of their size
+            before = self._square or square
+            self._square = MEMORY * before + (1 - MEMORY) * square
+        return super().summarise(sums[:-1], pairs) | {"log_ratio_scale": used}
 
     def open_data(self) -> None:
         super().open_data()
@@ -237,7 +265,7 @@ class DiffusionDPOTrainer(MovingReferenceTrainer[DiffusionDPOConfig]):
         if together:
             policy, preference, gap = self._all(policy, 2), self._all(preference), self._all(gap)
             reference = None if reference is None else self._all(reference, 2)
-        options: dict[str, Any] = {"reward_mean": beta * self._gain, **term.options}
+        options: dict[str, Any] = {"reward_mean": beta * self._gain, "nats": self.nats, **term.options}
         losses = loss(policy, reference, beta, preference=preference, gap=gap, **options)
         if self.config.ties == "soft" and "preference" not in loss.inputs:
             # The chosen one won only with this probability.

@@ -396,6 +396,34 @@ def test_identities_between_losses():
     same(soft, losses.sigmoid(w, l, 0.7, label_smoothing=0.5))
 
 
+@pytest.mark.parametrize(("name", "strength"), [("forward_kl", 1.0), ("js", 0.5), ("alpha_divergence", 1.0)])
+def test_a_divergence_in_nats_is_plain_dpo_near_the_reference_whatever_a_nat_is(name, strength):
+    d = torch.tensor([2e-6, -1e-6], dtype=torch.float64, requires_grad=True)
+
+    def slope(name, beta, **options):
+        return torch.autograd.grad(LOSSES[name](d, torch.zeros_like(d), beta, **options).sum(), d)[0]
+
+    for nats in (1.0, 1e3):
+        near = slope("sigmoid", 2000.0 * strength)
+        torch.testing.assert_close(slope(name, 2000.0, nats=nats), near, rtol=5e-3, atol=0.0)
+    # A given scale stands as it is, and so does beta.
+    d = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    given = LOSSES[name](d, torch.zeros_like(d), 0.7, nats=50.0, scale=2.0)
+    assert torch.equal(given, LOSSES[name].fn(d[:1], d[1:], 0.7, scale=2.0))
+
+
+def test_nats_bring_log_ratios_to_a_size_where_the_divergence_tells():
+    d = torch.tensor([1e-3, -3e-3, 2e-3, -1e-3], dtype=torch.float64)
+    nats = losses.nats_per_unit(d.square().mean().item())
+    assert (nats * d).square().mean() == pytest.approx(1.0)
+    assert losses.nats_per_unit(0.0) == 1.0
+    plain, forward = LOSSES["sigmoid"], LOSSES["forward_kl"]
+    nothing = torch.zeros_like(d)
+    as_it_is, in_nats = (forward(d, nothing, 100.0, nats=n) - plain(d, nothing, 100.0) for n in (1.0, nats))
+    assert as_it_is.abs().max() < 1e-3
+    assert in_nats.abs().min() > 1e-2
+
+
 def test_the_winner_preserving_scale_keeps_the_winners_error_from_rising():
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(8, 3, 4, generator=generator)

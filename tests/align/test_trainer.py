@@ -626,6 +626,41 @@ def test_the_offset_of_bco_is_the_running_mean_of_the_rewards_and_resumes(traine
     assert again._gain == run._gain
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_log_ratios_that_are_exponentiated_are_scaled_by_their_running_size(trainer, log, low_memory):
+    options = {"loss_type": "forward_kl", "max_train_steps": 5, "checkpointing_steps": 3}
+    options |= {"train_batch_size": 1, "learning_rate": 1e-3, "low_memory": low_memory}
+    run = trainer(**options)
+    run.train()
+    records, square = log(run.folder), 0.0
+    assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for record in records:
+        scale = 1 / square**0.5 if square else 1.0
+        assert record["log_ratio_scale"] == pytest.approx(scale, rel=1e-4)
+        now = (record["rewards/chosen"] ** 2 + record["rewards/rejected"] ** 2) / 2 / 2000**2
+        square = 0.95 * square + 0.05 * now if square else now  # the first step is at the reference
+    assert run._square == pytest.approx(square, rel=1e-4)
+    assert square > 0
+    errors = Errors(torch.tensor([0.3, 0.2]), torch.tensor([0.31, 0.2]))
+    got, _ = run.pair_loss(errors, judged(1))
+    scaled = {"divergence": "forward_kl", "scale": run.nats}
+    wanted = losses.f_dpo(torch.tensor([0.005]), torch.tensor([0.0]), 2000 / run.nats, **scaled)
+    torch.testing.assert_close(got, wanted)
+    again = trainer(**options, resume_from_checkpoint="checkpoint-3")
+    again.train()
+    assert again._square == run._square
+    for p, q in zip(run.weights.trainable, again.weights.trainable, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_given_scale_is_kept_and_other_losses_have_none(trainer, log):
+    for name, options in {"given": {"loss_options": {"scale": 50.0}, "loss_type": "js"}, "plain": {}}.items():
+        run = trainer(name, max_train_steps=2, **options)
+        run.train()
+        assert run._square == 0.0
+        assert "log_ratio_scale" not in log(run.folder)[-1]
+
+
 def test_time_bins_are_quarters_of_the_models_own_schedule(trainer, model_folder, log):
     pipe = load(model_folder)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, num_train_timesteps=200)
