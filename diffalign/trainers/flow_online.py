@@ -357,7 +357,7 @@ class FlowRWROnlineConfig(OwnImagesConfig):
 
     Args:
         reward_weights: softmax, the better the more, mean 1 for each prompt; raw, the reward itself, and
-            best_of_group, the best image of each prompt alone, are what published code does.
+            best_of_group, the best images of each prompt alone, are what published code does.
         tau: of softmax, in the unit of the reward: a reward higher by tau counts e times as much.
     """
 

@@ -35,7 +35,7 @@ def _softmax(rewards: Array, tau: float) -> Array:
 
 
 def _best(rewards: Array, tau: float) -> Array:
-    return (np.arange(len(rewards)) == rewards.argmax()).astype(np.float64)
+    return (rewards == rewards.max()).astype(np.float64)
 
 
 #: name -> weights of the images of one prompt, from their rewards and tau
@@ -56,7 +56,7 @@ def reward_weights(
         groups: ``(N,)`` labels; images of one prompt share one.
         kind: ``softmax``: ``K softmax(rewards / tau)`` over the K images of a group, mean 1. As published in
             code: ``raw``, the reward itself (images of negative reward are pushed away, without bound), and
-            ``best_of_group``, 1 for the best image of a group, the first of equals, and 0 for the others.
+            ``best_of_group``, 1 for the best image of a group, or each of several equal ones, else 0.
         tau: of ``softmax``, in the unit of the rewards; the smaller, the more the best image counts.
     """
     values, weights = np.asarray(rewards, np.float64), np.empty(len(rewards))
@@ -76,7 +76,7 @@ class FlowRWRConfig(DenoisingConfig):
 
     Args:
         reward_weights: softmax, the better the more, mean 1 for each prompt; raw, the score itself, and
-            best_of_group, the best image of each prompt alone, are what published code does.
+            best_of_group, the best images of each prompt alone, are what published code does.
         tau: of softmax, in the unit of the scores: a score higher by tau counts e times as much.
     """
 
