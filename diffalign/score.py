@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from diffalign.data.convert import CopyConfig, copy
 from diffalign.data.pairs import Pair
 from diffalign.errors import UserError
-from diffalign.rewards import Aggregate, Reward, RewardSpec, load_rewards, score_images
+from diffalign.rewards import Aggregate, Ensemble, Member, Reward, RewardSpec, load_rewards, score_images
 from diffalign.rewards.preprocess import Preprocess
 
 
@@ -28,6 +30,8 @@ class ScoreConfig(CopyConfig):
         rejected_score: what an image gets that a gate (at_least) rejects.
         preprocess: tensor, or pil to resize as released scorers do.
         relabel: let the better score be the chosen image in what is written; equal scores are a tie.
+        unanimous: leave pairs out of which one reward prefers the one image and another reward the other;
+            gates (at_least) have no say in it.
         batch_size: images in one call of the reward.
         device: cpu, cuda, ...
     """
@@ -38,23 +42,37 @@ class ScoreConfig(CopyConfig):
     rejected_score: float | None = None
     preprocess: Preprocess = "tensor"
     relabel: bool = False
+    unanimous: bool = False
     batch_size: int = 32
     device: str = "cpu"
     shard_rows: int = 256
 
 
 def add_scores(
-    pairs: list[Pair], reward: Reward, *, relabel: bool = False, batch_size: int = 32
-) -> list[Pair]:
-    """The pairs with a score for each image; with `relabel` the better score is the chosen one."""
+    pairs: list[Pair],
+    reward: Reward,
+    *,
+    relabel: bool = False,
+    unanimous: bool = False,
+    batch_size: int = 32,
+) -> list[Pair | None]:
+    """The pairs with a score for each image; with `relabel` the better score is the chosen one. With
+    `unanimous`, None in place of those on which the members disagree."""
     images = [image for pair in pairs for image in (pair.chosen, pair.rejected)]
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
-    scores = score_images(reward, images, prompts, batch_size=batch_size).reshape(-1, 2)
+    several = reward if isinstance(reward, Ensemble) else Ensemble([Member(reward)])
+    found = [score_images(m.reward, images, prompts, batch_size=batch_size) for m in several.members]
+    parts = dict(zip(several.labels, map(torch.from_numpy, found), strict=True))
     scored = [
         replace(pair, scores=(float(chosen), float(rejected)))
-        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
+        for pair, (chosen, rejected) in zip(pairs, several.combine(parts).reshape(-1, 2), strict=True)
     ]
-    return [_relabelled(pair) for pair in scored] if relabel else scored
+    labelled = [_relabelled(pair) for pair in scored] if relabel else scored
+    if not unanimous:
+        return list(labelled)
+    first, second = ({name: scores[side::2] for name, scores in parts.items()} for side in (0, 1))
+    agreed = several.unanimous(first, second).tolist()
+    return [pair if agree else None for pair, agree in zip(labelled, agreed, strict=True)]
 
 
 def run(config: ScoreConfig) -> Path:
@@ -74,12 +92,20 @@ def run(config: ScoreConfig) -> Path:
         device=config.device,
         preprocess=config.preprocess,
     )
-    decides = ("rewards", "aggregate", "coefficient", "rejected_score", "preprocess", "relabel")
+    if config.unanimous and sum(bool(m.at_least is None and m.weight) for m in reward.members) < 2:
+        raise UserError("unanimous compares rewards: give two or more that are no gates and have a weight")
+    decides = ("rewards", "aggregate", "coefficient", "rejected_score", "preprocess", "relabel", "unanimous")
     settings = {name: value for name, value in asdict(config).items() if name in decides}
     return copy(
         config,
         dataset,
-        lambda pairs: add_scores(pairs, reward, relabel=config.relabel, batch_size=config.batch_size),
+        lambda pairs: add_scores(
+            pairs,
+            reward,
+            relabel=config.relabel,
+            unanimous=config.unanimous,
+            batch_size=config.batch_size,
+        ),
         settings,
         "score",
     )

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=6)  # of a process that waits for others
 DECODED = 32  # pairs in memory at a time; at 1024 px they take 200 MB
-Annotate = Callable[[list[Pair]], list[Pair]]
+Annotate = Callable[[list[Pair]], Sequence[Pair | None]]
 
 
 @dataclass(kw_only=True)
@@ -104,8 +104,8 @@ def convert(
     call goes on with those that are missing.
 
     Args:
-        annotate: adds to some pairs, or swaps images (see :meth:`Pair.swapped`); called with at most
-            `DECODED` pairs of one shard.
+        annotate: adds to some pairs, swaps images (see :meth:`Pair.swapped`), or gives None for a pair that
+            is left out; called with at most `DECODED` pairs of one shard.
         settings: what decides the result of `annotate`, as JSON values: an interrupted call with others
             starts again.
         process: (rank, number) of the processes that write the set together, each some of its shards. The
@@ -148,7 +148,8 @@ def convert(
         return written
     written = sum(json.loads((new / f".done-{shard:05d}").read_text()) for shard in range(shards))
     if not written:
-        raise UserError(f"no usable pair in {dataset.source}: {reasons(dataset.skipped)}")
+        why = reasons(dataset.skipped) or "all were left out"
+        raise UserError(f"no usable pair in {dataset.source}: {why}")
     finish(new, shards)
     put_in_place(new, folder)
     return written
@@ -169,8 +170,10 @@ def _entries(dataset: PairDataset, indices: range, annotate: Annotate | None) ->
         read = ((i, dataset.read(i), dataset.payloads(i)) for i in indices[first - indices.start :][:DECODED])
         good = [(i, pair, p) for i, pair, p in read if not isinstance(pair, BadRow) and p is not None]
         pairs = [pair for _, pair, _ in good]
-        annotated = annotate(pairs) if annotate and pairs else pairs
+        annotated: Sequence[Pair | None] = annotate(pairs) if annotate and pairs else pairs
         for (index, before, (chosen, rejected)), pair in zip(good, annotated, strict=True):
+            if pair is None:
+                continue
             same = pair.digests == before.digests
             yield Entry(index, pair, (chosen, rejected) if same else (rejected, chosen))
 
@@ -229,6 +232,7 @@ def copy(
         processes.destroy_process_group()
         if not processes.is_main_process:
             return Path(config.output_dir)
+    among = f" of {len(dataset):,}" if written < len(dataset) else ""
     left_out = f" (left out: {reasons(dataset.skipped)})" if dataset.skipped else ""
-    print(f"wrote {written:,} pairs to {config.output_dir}{left_out}")
+    print(f"wrote {written:,} pairs{among} to {config.output_dir}{left_out}")
     return Path(config.output_dir)

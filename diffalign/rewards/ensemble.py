@@ -48,6 +48,9 @@ class Ensemble(Reward):
         rejected_score: what an image gets that a gate rejects; needed with a gate, since no number is bad for
             every reward.
 
+    Attributes:
+        labels: what :meth:`parts` calls the members.
+
     Raises:
         UserError: no reward that counts, a gate without `rejected_score`, an option that is none.
     """
@@ -78,7 +81,7 @@ class Ensemble(Reward):
         self.differentiable = all(member.reward.differentiable for member in scored)
         self.step_aware = any(member.reward.step_aware for member in members)
         repeated = Counter(names)
-        self._labels = [
+        self.labels = [
             f"{name}#{names[: i + 1].count(name)}" if repeated[name] > 1 else name
             for i, name in enumerate(names)
         ]
@@ -95,7 +98,7 @@ class Ensemble(Reward):
     ) -> dict[str, Tensor]:
         """The score of each member as it is, gates included; two of one name are numbered."""
         found = {}
-        for label, member in zip(self._labels, self.members, strict=True):
+        for label, member in zip(self.labels, self.members, strict=True):
             given = images if member.at_least is None else images.detach()
             at = {"timesteps": timesteps} if member.reward.step_aware else {}
             found[label] = member.reward.score(given, prompts, **at)
@@ -103,6 +106,13 @@ class Ensemble(Reward):
 
     def rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.combine(self.parts(images, prompts))
+
+    def unanimous(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+        """Where no two members prefer different images of a pair, ``(B,)`` bool, from :meth:`parts` of the
+        first images and of the second. Gates and weights of 0 have no vote, and equal scores are none."""
+        voters = zip(self.members, first.values(), second.values(), strict=True)
+        votes = torch.stack([m.weight * (one - two) for m, one, two in voters if m.at_least is None])
+        return ~((votes > 0).any(0) & (votes < 0).any(0))
 
     def combine(self, parts: dict[str, Tensor]) -> Tensor:
         """One score ``(B,)`` from what :meth:`parts` gave."""

@@ -54,6 +54,24 @@ def test_members_that_agree_cost_nothing_and_the_worst_is_below_the_mean(images)
     assert (scored(ensemble(aggregate="uwo", coefficient=1.0), images) < mean).all()
 
 
+def test_members_are_unanimous_where_no_two_prefer_different_images():
+    rows = {  # what each member gives the first image more than the second
+        "all for the first": (1.0, 2.0, 0.5),
+        "one against": (1.0, -0.1, 0.5),
+        "one undecided": (0.0, -1.0, -2.0),
+        "all undecided": (0.0, 0.0, 0.0),
+    }
+    first = dict(zip("rgb", torch.tensor(list(rows.values())).T, strict=True))
+    second = {name: torch.zeros(4) for name in first}
+    assert ensemble().unanimous(first, second).tolist() == [True, False, True, True]
+    # A negative weight turns a member's vote, a weight of 0 takes it away, and a gate has none.
+    assert ensemble((1.0, -1.0, 1.0)).unanimous(first, second).tolist() == [False, True, False, True]
+    assert ensemble((1.0, 0.0, 1.0)).unanimous(first, second).tolist() == [True, True, True, True]
+    members = [Member(Channel(0)), Member(Channel(1), at_least=0.5), Member(Channel(2))]
+    gated = Ensemble(members, rejected_score=-1.0)
+    assert gated.unanimous(first, second).tolist() == [True, True, True, True]
+
+
 def test_gates_reject_and_have_no_gradient(images):
     bar = float(images[:, 1].mean((1, 2)).median())
     reward = Ensemble(

@@ -33,6 +33,29 @@ def test_a_mapping_of_other_keys_is_explained():
         load_rewards(config("--rewards", "[{name: clip, wieght: 3}]").rewards)
 
 
+def test_pairs_on_which_rewards_disagree_are_left_out(tmp_path, capsys):
+    synth.run(synth.SynthConfig(output_dir=str(tmp_path / "set"), pairs=12))
+    given = ["--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "out"), "--shard_rows", "5"]
+    both = ["--rewards", "jpeg-compressibility", "playground/scorer", "--unanimous", "true"]
+    score.run(config(*both, "--relabel", "true", *given))
+    pairs = list(open_pairs(tmp_path / "set"))
+    images = [image for pair in pairs for image in (pair.chosen, pair.rejected)]
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    gaps = [
+        np.diff(score_images(load_rewards([name]), images, prompts).reshape(-1, 2)).ravel()
+        for name in ("jpeg-compressibility", "playground/scorer")
+    ]
+    agreed = [pair.id for pair, one, two in zip(pairs, *gaps, strict=True) if one * two >= 0]
+    kept = open_pairs(tmp_path / "out")
+    assert [pair.id for pair in kept] == agreed
+    assert 0 < len(agreed) < 12
+    assert f"wrote {len(agreed)} pairs of 12" in capsys.readouterr().out
+    assert all(pair.scores[0] >= pair.scores[1] for pair in kept)
+    of_one = ["--rewards", EXAMPLE, "--rejected_score", "-20", "--unanimous", "true", "--overwrite"]
+    with pytest.raises(UserError, match="unanimous compares rewards: give two or more"):
+        score.run(config(*of_one, *given))
+
+
 def test_scores_of_an_ensemble_are_written_and_read(tmp_path):
     synth.run(synth.SynthConfig(output_dir=str(tmp_path / "set"), pairs=4))
     given = ["--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "out")]
