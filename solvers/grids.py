@@ -170,7 +170,8 @@ def diffusers_times(
     start: float,
     with_end: bool,
 ) -> Array:
-    """The grid that diffusers builds from a config: a ``use_*_sigmas`` flag, else ``timestep_spacing``.
+    """The grid that diffusers builds from a config: a ``use_*_sigmas`` flag, else ``timestep_spacing``, of
+    EDM models Karras' grid.
 
     Differences, all on purpose: times are not rounded or truncated to integers where sigmas are given, and
     where the last evaluation is at the end itself (``sigma_min``), the step goes to the clean image instead
@@ -179,7 +180,7 @@ def diffusers_times(
     if schedule.is_flow:
         return flow_times(schedule, count, final=final, shift=schedule.shift)
     end = schedule.t_clean if final == "zero" else schedule.t_min
-    flagged = flagged_grid(config)
+    flagged = flagged_grid(config) or ("karras" if schedule.kind == "edm" else None)
     if flagged is None:
         total = round(start) + 1
         steps = spaced_steps(
@@ -271,6 +272,7 @@ def auto_times(schedule: NoiseSchedule, count: int, *, order: int, final: str, s
         table = _AUTO[order]
         columns = zip(*table.values(), strict=True)
         last, in_time, bend = (float(np.interp(count, list(table), column)) for column in columns)
+    last -= math.log(schedule.sigma_data)  # the tables are of data of unit spread
     if final != "zero" or not schedule.lambda_(start) < last < highest:
         last = highest
     points = count if final == "zero" else count + 1

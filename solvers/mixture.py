@@ -148,8 +148,9 @@ class GaussianMixture:
         """
         from scipy.integrate import solve_ivp
 
+        t_end = schedule.t_clean if t_end is None else t_end
         start = float(schedule.lambda_(schedule.t_max if t_start is None else t_start))
-        end = min(float(schedule.lambda_(schedule.t_clean if t_end is None else t_end)), -math.log(1e-6))
+        end = min(float(schedule.lambda_(t_end)), -math.log(1e-6))
         if not math.isfinite(start):
             raise UserError("the ODE cannot start where alpha is 0: pass t_start below the noisy end")
 
@@ -166,7 +167,7 @@ class GaussianMixture:
 
         y0 = noise.double().cpu().numpy().reshape(-1) / levels(start)[0]
         solution = solve_ivp(slope, (start, end), y0, method="DOP853", rtol=tolerance, atol=tolerance)
-        x = levels(end)[0] * solution.y[:, -1]
+        x = float(schedule.alpha(t_end)) * solution.y[:, -1]
         return torch.from_numpy(x.reshape(noise.shape)).to(noise)
 
 

@@ -4,17 +4,22 @@ A noisy sample is ``x_t = alpha(t) x0 + sigma(t) z`` with ``z ~ N(0, I)``, and
 ``lambda(t) = log alpha(t) - log sigma(t)`` grows while sampling. Time ``t`` has the unit in which the network
 is given it, so a timestep of a scheduler, fractional or not, is a valid ``t``:
 
-============  ==================================  =====================  =========
+============  ==================================  =====================  ====================
 kind          t                                   noisy end ``t_max``    ``t_min``
-============  ==================================  =====================  =========
+============  ==================================  =====================  ====================
 discrete      index of the training step          N - 1                  0
 flow          N * sigma                           N                      1
 vp-linear     time_scale * continuous time        time_scale             1e-3 T
 vp-cosine     time_scale * continuous time        0.9946 time_scale      1e-3 T
-============  ==================================  =====================  =========
+edm           1/4 log s, for ``x0 + s z``         1/4 log sigma_max      1/4 log sigma_min
+============  ==================================  =====================  ====================
 
-``t_min`` is the smallest time at which the network is asked; ``t_clean`` (-1 for discrete schedules, 0 for
-the others) is where sigma is exactly 0, and no time lies beyond it.
+``t_min`` is the smallest time at which the network is asked; ``t_clean`` (-1 for discrete schedules, -64 for
+EDM, 0 for the others) is where sigma is exactly 0, and no time lies beyond it.
+
+The states of an EDM model are what its network is shown, ``c_in (x0 + s z)`` with ``c_in = 1/sqrt(s^2 +
+sigma_data^2)`` (Karras et al. 2022, table 1): alpha is c_in and sigma is ``c_in s``. Only at ``t_clean`` the
+state is the clean image itself, alpha 1.
 """
 
 from __future__ import annotations
@@ -43,11 +48,12 @@ class NoiseSchedule:
     immutable, picklable and cheap to copy.
 
     Attributes:
-        kind: ``"discrete"``, ``"flow"``, ``"vp-linear"`` or ``"vp-cosine"``.
+        kind: ``"discrete"``, ``"flow"``, ``"vp-linear"``, ``"vp-cosine"`` or ``"edm"``.
         num_train_timesteps: N, the number of training steps.
         t_clean, t_min, t_max: see the module's table.
         shift: the shift of a flow model's training and sampling grid, 1 elsewhere. It moves grid points
             (:meth:`shifted`), never alpha or sigma at a given time.
+        sigma_data: standard deviation that an EDM model takes its data to have, 1 elsewhere.
     """
 
     kind: str
@@ -56,6 +62,7 @@ class NoiseSchedule:
     t_min: float
     t_max: float
     shift: float = 1.0
+    sigma_data: float = 1.0
 
     # ---------------------------------------------------------------- construction
 
@@ -93,20 +100,19 @@ class NoiseSchedule:
         """The schedule of any diffusers scheduler config (a dict, a ``FrozenDict``, the JSON as loaded).
 
         Missing keys have diffusers' defaults. A config is a flow model's when it says so: prediction type
-        ``flow_prediction``, ``use_flow_sigmas``, or a flow-matching class. Else it is discrete, with
+        ``flow_prediction``, ``use_flow_sigmas``, or a flow-matching class; an EDM model's by ``sigma_data``
+        (Playground v2.5) or continuous timesteps (Stable Video Diffusion). Else it is discrete, with
         ``trained_betas`` or one of the named ``beta_schedule`` kinds, and ``rescale_betas_zero_snr``.
 
         Raises:
-            UserError: for an unknown ``beta_schedule``, bad betas, or a variance-exploding (EDM) config.
+            UserError: for an unknown ``beta_schedule``, bad betas, or a kind of noise that is none of these.
         """
-        if _is_edm(config):
-            raise UserError(
-                "this scheduler config is of the EDM kind (sigma_data, sigma_max or continuous timesteps), "
-                "which has no alpha and sigma of training steps; pass a DDPM-like or flow-matching one"
-            )
         count = int(config.get("num_train_timesteps", 1000))
         if count < 1:
             raise UserError(f"num_train_timesteps must be at least 1, but is {count}")
+        edm = edm_options(config)
+        if edm:
+            return NoiseSchedule.edm(**edm, num_train_timesteps=count)
         if is_flow_config(config):
             shift = config.get("flow_shift") or config.get("shift") or 1.0
             return NoiseSchedule.flow(count, shift=float(shift))
@@ -156,6 +162,22 @@ class NoiseSchedule:
             raise UserError(f"the shift of a flow schedule must be above 0, but is {shift}")
         return _Flow(num_train_timesteps, shift)
 
+    @staticmethod
+    def edm(
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        *,
+        num_train_timesteps: int = 1000,
+    ) -> NoiseSchedule:
+        """EDM (Karras et al. 2022): ``x0 + s z`` for s from `sigma_min` to `sigma_max`, as shown to the
+        network, with `sigma_data` the standard deviation of x0. `num_train_timesteps` is nominal."""
+        if not 0 < sigma_min < sigma_max:
+            raise UserError(f"need 0 < sigma_min < sigma_max, but they are {sigma_min} and {sigma_max}")
+        if not sigma_data > 0:
+            raise UserError(f"sigma_data must be above 0, but is {sigma_data}")
+        return _EDM(sigma_min, sigma_max, sigma_data, num_train_timesteps)
+
     # ---------------------------------------------------------------- the functions of time
 
     def alpha(self, t: ArrayLike) -> Array:
@@ -185,7 +207,7 @@ class NoiseSchedule:
         return np.clip(self._t_of_lambda(np.maximum(value, lowest)), self.t_clean, self.t_max)[()]
 
     def t_of_sigma(self, sigma: ArrayLike) -> Array:
-        """Time of a diffusers noise level: sigma/alpha for VP schedules, sigma for flow."""
+        """Time of a diffusers noise level: sigma for flow, sigma/alpha for all others."""
         value = np.asarray(sigma, dtype=np.float64)
         if np.any(~(value >= 0)):
             raise UserError(f"sigmas must be numbers of at least 0, but are {value}")
@@ -193,7 +215,7 @@ class NoiseSchedule:
             return self.t_of_lambda(-np.log(value))
 
     def sigma_diffusers(self, t: ArrayLike) -> Array:
-        """What diffusers keeps in ``scheduler.sigmas``: sigma/alpha for VP schedules, sigma for flow."""
+        """What diffusers keeps in ``scheduler.sigmas``: sigma for flow, sigma/alpha for all others."""
         with np.errstate(over="ignore"):
             return np.exp(-self.lambda_(t))
 
@@ -203,9 +225,26 @@ class NoiseSchedule:
         s = self.shift if shift is None else shift
         return self.t_max * s * u / (1.0 + (s - 1.0) * u)
 
+    def training_times(self) -> Array:
+        """(N,) times that training saw, rising; of continuous schedules N even ones of them."""
+        if self.kind == "discrete":
+            return np.arange(self.num_train_timesteps, dtype=np.float64)
+        return np.linspace(self.t_min, self.t_max, self.num_train_timesteps)
+
+    def fraction(self, t: Any) -> Any:
+        """Where times, numbers or a tensor, lie between the clean end, 0, and the noisy one, 1."""
+        if self.kind == "edm":
+            return (t - self.t_min) / (self.t_max - self.t_min)
+        return t / self.num_train_timesteps
+
     @property
     def is_flow(self) -> bool:
         return self.kind == "flow"
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether training saw whole times only."""
+        return self.kind == "discrete"
 
     def fingerprint(self) -> str:
         """64 hex digits that two schedules share when lambda agrees at all training times to 1e-6.
@@ -214,7 +253,8 @@ class NoiseSchedule:
         """
         times = np.linspace(self.t_min, self.t_max, max(self.num_train_timesteps, 2))
         lambdas = np.round(np.clip(self._lambda(times), -50.0, 50.0), 6) + 0.0  # +0.0 turns -0.0 into 0.0
-        head = f"{self.kind}:{self.num_train_timesteps}:{self.t_min:.6g}:{self.t_max:.6g}:"
+        kind = self.kind if self.sigma_data == 1.0 else f"{self.kind}-{self.sigma_data:.6g}"
+        head = f"{kind}:{self.num_train_timesteps}:{self.t_min:.6g}:{self.t_max:.6g}:"
         return hashlib.sha256(head.encode() + lambdas.astype("<f8").tobytes()).hexdigest()
 
     def __repr__(self) -> str:
@@ -373,6 +413,29 @@ class _Flow(NoiseSchedule):
         return self.sigma(t)
 
 
+class _EDM(NoiseSchedule):
+    kind = "edm"
+
+    def __init__(
+        self, sigma_min: float, sigma_max: float, sigma_data: float, num_train_timesteps: int
+    ) -> None:
+        self.num_train_timesteps, self.sigma_data = num_train_timesteps, sigma_data
+        # The clean end is at minus infinity; where it is put is exact in float32, as grids are.
+        self.t_clean = -64.0
+        self.t_min, self.t_max = 0.25 * math.log(sigma_min), 0.25 * math.log(sigma_max)
+
+    def _alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        level = np.where(t > self.t_clean, np.exp(4.0 * t), 0.0)
+        alpha = np.where(t > self.t_clean, 1.0 / np.hypot(level, self.sigma_data), 1.0)
+        return alpha[()], (alpha * level)[()]
+
+    def _lambda(self, t: Array) -> Array:
+        return np.where(t > self.t_clean, -4.0 * t, math.inf)[()]
+
+    def _t_of_lambda(self, lambda_: Array) -> Array:
+        return -0.25 * lambda_
+
+
 def is_flow_config(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler config describes a flow-matching model (see :meth:`NoiseSchedule.from_config`)."""
     return (
@@ -383,10 +446,46 @@ def is_flow_config(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_edm(config: Mapping[str, Any]) -> bool:
-    return (
-        "sigma_data" in config
-        or config.get("timestep_type") == "continuous"
-        or (config.get("sigma_max") is not None and "beta_start" not in config)
-        or str(config.get("_class_name", "")).startswith("EDM")
-    )
+def edm_options(config: Mapping[str, Any]) -> dict[str, float]:
+    """sigma_min, sigma_max and sigma_data of a scheduler config that describes an EDM model; {} for others.
+
+    Raises:
+        UserError: noise levels of another kind that has no training steps either.
+    """
+    name = str(config.get("_class_name", ""))
+    data = config.get("sigma_data")
+    if name.startswith(("CMStochastic", "Cosine")) or "clip_denoised" in config:
+        data = None  # times of another unit than EDM's, in spite of it
+    elif data is None and config.get("timestep_type") == "continuous":
+        data = 1.0  # diffusers' Euler scheduler, c_in = 1/sqrt(s^2 + 1)
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    if data is not None and low is not None and high is not None:
+        return {"sigma_min": float(low), "sigma_max": float(high), "sigma_data": float(data)}
+    if data is not None or (high is not None and "beta_start" not in config):
+        raise UserError(
+            f"this scheduler config{f' of {name}' * bool(name)} has noise levels that are neither those of "
+            "training steps (betas), nor a flow's, nor EDM's (sigma_min, sigma_max and sigma_data)"
+        )
+    return {}
+
+
+def prediction_of(config: Mapping[str, Any], schedule: NoiseSchedule) -> str:
+    """What a network with this scheduler config predicts, a key of
+    :data:`~diffalign.solvers.prediction.PREDICTIONS`.
+
+    Flow models predict the velocity unless they say ``sample``. An EDM model's ``epsilon`` is not the noise
+    but the network's raw output, which the preconditioning makes an image of: ``edm``.
+
+    Raises:
+        UserError: EDM with ``v_prediction`` and a sigma_data other than 1, which no model has.
+    """
+    told = config.get("prediction_type")
+    if schedule.is_flow:
+        return "sample" if told == "sample" else "flow_prediction"
+    if schedule.kind != "edm":
+        return told or "epsilon"
+    if told == "v_prediction" and schedule.sigma_data != 1.0:
+        raise UserError(
+            f"an EDM model of prediction type v_prediction needs sigma_data = 1, not {schedule.sigma_data:g}"
+        )
+    return "edm" if told in (None, "epsilon") else told

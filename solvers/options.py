@@ -40,10 +40,14 @@ def _shared(
     timestep_spacing: str = "linspace",
     steps_offset: int = 0,
     rescale_betas_zero_snr: bool = False,
+    sigma_data: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
 ) -> None:
     """The options of every scheduler here, with their defaults.
 
-    All but ``grid`` and ``sample_min_value`` (:func:`threshold`) are diffusers'.
+    All but ``grid`` and ``sample_min_value`` (:func:`threshold`) are diffusers'. The sigmas are an EDM
+    model's.
     """
 
 

@@ -24,6 +24,12 @@ PREDICTIONS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
     "sample": lambda alpha, sigma: (1.0, 0.0),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
     "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),
+    # D = c_skip x + c_out F of Karras et al. 2022, solved for F at the x that the network sees. There alpha
+    # is c_in, so that 1 - sigma^2 = (alpha sigma_data)^2, which float32 can't tell from 0 at the noisy end.
+    "edm": lambda alpha, sigma: (
+        sigma * alpha / (1.0 - sigma**2) ** 0.5,
+        -((1.0 - sigma**2) ** 0.5),
+    ),
 }
 
 
@@ -68,6 +74,7 @@ def convert(value: T, sample: T, alpha: Any, sigma: Any, *, source: str, to: str
         value: the network's output, (B, ...) or a float.
         sample: the noisy input x of the network, of the shape of `value`.
         alpha, sigma: floats, or tensors that broadcast against `value`; 1-D tensors (B,) are per sample.
+            In float64, as schedules give them, their differences are exact (``edm`` needs it).
         source, to: keys of :data:`PREDICTIONS`.
 
     Returns:
@@ -77,8 +84,8 @@ def convert(value: T, sample: T, alpha: Any, sigma: Any, *, source: str, to: str
     Raises:
         UserError: as :func:`coefficients`.
     """
-    value, sample, alpha, sigma = _prepared(value, sample, alpha, sigma)
-    c_sample, c_value = coefficients(source, to, alpha, sigma)
+    weights = coefficients(source, to, alpha, sigma)
+    value, sample, c_sample, c_value = _prepared(value, sample, *weights)
     if source == to:
         return value
     return c_sample * sample + c_value * value
@@ -90,21 +97,20 @@ def training_target(kind: str, x0: T, noise: T, alpha: Any, sigma: Any) -> T:
     Shapes, levels and precision as in :func:`convert`.
     """
     check_prediction_type(kind)
-    x0, noise, alpha, sigma = _prepared(x0, noise, alpha, sigma)
-    p, q = PREDICTIONS[kind](alpha, sigma)
+    x0, noise, p, q = _prepared(x0, noise, *PREDICTIONS[kind](alpha, sigma))
     return p * x0 + q * noise
 
 
-def _prepared(a: Any, b: Any, alpha: Any, sigma: Any) -> tuple[Any, Any, Any, Any]:
-    """Tensors in at least float32, and per-sample levels with the trailing axes that broadcasting needs."""
+def _prepared(a: Any, b: Any, c_a: Any, c_b: Any) -> tuple[Any, Any, Any, Any]:
+    """Tensors in at least float32, and per-sample weights with the trailing axes that broadcasting needs."""
     if not isinstance(a, torch.Tensor):
-        return a, b, alpha, sigma
+        return a, b, c_a, c_b
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
-    def level(z: Any) -> Any:
+    def weight(z: Any) -> Any:
         if not isinstance(z, torch.Tensor | np.ndarray):
             return float(z)
         z = torch.as_tensor(z).to(device=a.device, dtype=dtype)
         return z.reshape(-1, *[1] * (a.ndim - 1)) if z.ndim == 1 else z
 
-    return a.to(dtype), b.to(dtype), level(alpha), level(sigma)
+    return a.to(dtype), b.to(dtype), weight(c_a), weight(c_b)

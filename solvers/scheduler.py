@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError, suggestion
 from diffalign.solvers import grids
-from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.noise import NoiseSchedule, edm_options, prediction_of
 from diffalign.solvers.options import check_choice
 from diffalign.solvers.plan import Coefficient, Instruction, Plan, bind, compile_plan, execute, working_dtype
 from diffalign.solvers.prediction import check_prediction_type, coefficients, training_target
@@ -58,6 +58,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         "FlowMatchEulerDiscreteScheduler",
         "FlowMatchHeunDiscreteScheduler",
         "LCMScheduler",
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
     ]
     order = 1
 
@@ -78,6 +80,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         check_choice("timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
         grids.flagged_grid(config)
         self.schedule = NoiseSchedule.from_config(config)
+        prediction_of(config, self.schedule)  # refuses what there is no model of
         if self.schedule.is_flow and config.prediction_type == "epsilon":
             raise UserError("a flow schedule needs prediction_type='flow_prediction' (or 'sample')")
         if config.grid == "flow" and not self.schedule.is_flow:
@@ -106,8 +109,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        top = round(self.schedule.t_max)
-        self.timesteps = torch.arange(top, top - self.schedule.num_train_timesteps, -1)
+        times = self.schedule.training_times()[::-1]
+        whole = bool(np.all(times == np.round(times)))
+        self.timesteps = torch.tensor(times.copy(), dtype=torch.int64 if whole else torch.float32)
         self.sigmas = self._diffusers_sigmas(self.timesteps.double().numpy())
         self._times: Array | None = None
         self._begin_index: int | None = None
@@ -128,6 +132,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 use_flow_sigmas=True,
                 flow_shift=schedule.shift,
             )
+        if schedule.kind == "edm":
+            config.update(edm_options(config), final_sigmas_type="zero", set_alpha_to_one=True)
+            config.setdefault("use_exponential_sigmas", config.get("sigma_schedule") == "exponential")
         return config
 
     def save_pretrained(
@@ -201,20 +208,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             config = cls._translated(dict(config))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, a key of :data:`~diffalign.solvers.prediction.PREDICTIONS`."""
+        return prediction_of(self.config, self.schedule)
+
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """(N,) float32: alpha^2 of the training steps (of a flow model: at its N training times)."""
-        times = np.arange(self.schedule.num_train_timesteps) + self.schedule.t_min
-        return torch.from_numpy(self.schedule.alpha(times) ** 2).float()
+        """(N,) float32: alpha^2 at :meth:`NoiseSchedule.training_times`."""
+        return torch.from_numpy(self.schedule.alpha(self.schedule.training_times()) ** 2).float()
 
     @property
     def betas(self) -> Tensor:
         """(N,) float32: ``1 - alpha_n^2 / alpha_{n-1}^2`` of the training steps."""
-        times = np.arange(self.schedule.num_train_timesteps) + self.schedule.t_min
-        squared = np.append(1.0, self.schedule.alpha(times) ** 2)
+        squared = np.append(1.0, self.schedule.alpha(self.schedule.training_times()) ** 2)
         return torch.from_numpy(1.0 - squared[1:] / squared[:-1]).float()
 
     # ------------------------------------------------------------ what a subclass decides
@@ -248,9 +258,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _conversion(self, time: float, form: str | None = None) -> tuple[Coefficient, Coefficient]:
         """``(convert_x, convert_o)`` of the network's output at `time` to `form`, or :attr:`form`."""
         alpha, sigma = (float(v) for v in self.schedule.alpha_sigma(time))
-        if self.config.prediction_type == "epsilon" and self.schedule.alpha(self.schedule.t_max) == 0.0:
+        if self.prediction == "epsilon" and self.schedule.alpha(self.schedule.t_max) == 0.0:
             alpha = max(alpha, _ALPHA_FLOOR)
-        return coefficients(self.config.prediction_type, form or self.form, alpha, sigma)
+        return coefficients(self.prediction, form or self.form, alpha, sigma)
 
     # ------------------------------------------------------------ timesteps
 
@@ -293,6 +303,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         else:
             times = self._grid_times(_positive_int(num_inference_steps), shift)
         self._times = self._evaluations(grids.checked(times))
+        if self.schedule.kind == "edm" and self._times[-1] > self.schedule.t_clean:
+            raise UserError(
+                "with an EDM model sampling ends at the clean image: leave final_sigmas_type at 'zero' and "
+                "set_alpha_to_one at True"
+            )
         told = self._told(self._times) if len(given) < 2 else grids.checked(_host(timesteps).reshape(-1))
         if len(told) != len(self._times) - 1:
             raise UserError(

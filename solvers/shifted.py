@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.noise import NoiseSchedule, prediction_of
 from diffalign.solvers.options import check_choice, check_number
 from diffalign.solvers.plan import working_dtype
 from diffalign.solvers.prediction import convert, training_target
@@ -225,7 +225,7 @@ class ShiftedScheduler(SchedulerMixin, ConfigMixin):
     def _restated(self, output: Tensor, sample: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Output and sample with the x0 and epsilon of the told time, at the levels of the nominal one."""
         assert self._told is not None
-        kind = "flow_prediction" if self.schedule.is_flow else self.config.prediction_type
+        kind = prediction_of(self.config, self.schedule)
         prediction, rest = output[:, : sample.shape[1]], output[:, sample.shape[1] :]
         shown = self._shown(sample, index)
         x0, eps = (

@@ -101,6 +101,8 @@ class TimeShiftScheduler(PlanScheduler):
 
     def _setup(self) -> None:
         super()._setup()
+        if self.schedule.kind == "edm":
+            raise UserError("time shift counts in training steps, which an EDM model does not have")
         config = self.config
         cls = SOLVERS[config.solver]
         shared = set(inspect.signature(cls).parameters) & set(config)

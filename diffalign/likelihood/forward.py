@@ -57,12 +57,10 @@ def add_noise(schedule: NoiseSchedule, kind: str, x0: Tensor, noise: Tensor, t: 
             have to be waited for).
     """
     alpha, sigma = (torch.as_tensor(level) for level in schedule.alpha_sigma(t.cpu().numpy()))
-    x_t = training_target("sample", x0, noise, alpha, sigma)  # brings x0 to float32 or better
+    target = training_target(kind, x0, noise, alpha, sigma)  # in float32 or better
     shape = (-1, *[1] * (x0.ndim - 1))
-    alpha, sigma = (level.to(x_t.device, x_t.dtype).reshape(shape) for level in (alpha, sigma))
-    noise = noise.to(x_t.dtype)
-    target = training_target(kind, x_t, noise, alpha, sigma)
-    return Noised(alpha * x_t + sigma * noise, target, t.to(x0.device))
+    alpha, sigma = (level.to(target.device, target.dtype).reshape(shape) for level in (alpha, sigma))
+    return Noised(alpha * x0.to(target) + sigma * noise.to(target), target, t.to(x0.device))
 
 
 def denoising_error(
@@ -187,6 +185,7 @@ _TO_EPSILON: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "sample": lambda a, s: (a / s) ** 2,
     "v_prediction": lambda a, s: (a / (a * a + s * s)) ** 2,
     "flow_prediction": lambda a, s: (a / (a + s)) ** 2,
+    "edm": lambda a, s: 1.0 - s * s,
 }
 WEIGHTINGS = ("native", "eps", "x0", "v", "flow", "snr_gamma", "elbo")
 _TARGET_OF = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
@@ -207,8 +206,8 @@ def error_weight(
             on high noise for v and flow models than for epsilon models). ``eps``, ``x0``, ``v``, ``flow``:
             the error the same denoiser would have in that parametrisation. ``snr_gamma``: ``min(SNR,
             gamma)/SNR`` on the epsilon error (Hang et al. 2023). ``elbo``: ``1/2 |d log SNR / d(t/N)|`` on
-            it (Kingma et al. 2021). A function of ``t`` gives ``(rows,)`` weights of its own on the
-            network's own error.
+            it (Kingma et al. 2021; t/N is an EDM model's share of its range of log sigma). A function of
+            ``t`` gives ``(rows,)`` weights of its own on the network's own error.
         schedule, kind: of the model.
         t: ``(rows,)`` times in host memory.
         gamma: of ``snr_gamma``.
@@ -235,7 +234,9 @@ def error_weight(
     elif name == "snr_gamma":
         weight = weight * np.minimum(1.0, gamma * (sigma / alpha) ** 2)
     else:
-        low, high = (np.clip(times + step, schedule.t_min, schedule.t_max) for step in (-0.5, 0.5))
+        whole = 1.0 / (schedule.fraction(1.0) - schedule.fraction(0.0))  # all of the schedule, in its unit
+        half = 0.5 * whole / schedule.num_train_timesteps
+        low, high = (np.clip(times + step, schedule.t_min, schedule.t_max) for step in (-half, half))
         slope = (schedule.lambda_(low) - schedule.lambda_(high)) / (high - low)
-        weight = weight * slope * schedule.num_train_timesteps
+        weight = weight * slope * whole
     return torch.as_tensor(weight)

@@ -18,7 +18,7 @@ from diffalign.errors import UserError
 from diffalign.likelihood import Conditions
 from diffalign.models.reference import Reference
 from diffalign.solvers import import_schedulers
-from diffalign.solvers.noise import NoiseSchedule
+from diffalign.solvers.noise import NoiseSchedule, prediction_of
 from diffalign.solvers.prediction import check_prediction_type
 
 #: Where a LoRA lies in a folder of it, by diffusers' convention.
@@ -71,8 +71,7 @@ class ModelAdapter(ABC):
         self.pipeline = pipeline  # Any: which parts it has is known to the family, not to the type
         config = pipeline.scheduler.config
         self.schedule = NoiseSchedule.from_config(config)
-        default = "flow_prediction" if self.schedule.is_flow else "epsilon"
-        self.prediction_type = check_prediction_type(config.get("prediction_type") or default)
+        self.prediction_type = check_prediction_type(prediction_of(config, self.schedule))
         self.denoiser: nn.Module = self.module
         self.reference: Reference | None = None
 
@@ -173,6 +172,24 @@ class ModelAdapter(ABC):
     def encode_image(self, image: Tensor) -> Tensor:
         """Latents ``(C, h, w)`` of one image ``(3, H, W)`` in [-1, 1], as :meth:`encode_images` has them."""
         return self.encode_images(image[None])["latents"][0]
+
+    @property
+    def prompt_windows(self) -> int:
+        """In how many windows prompts are read, see :meth:`read_in_windows`."""
+        return 1
+
+    def read_in_windows(self, count: int) -> None:
+        """Let the pipeline read prompts in up to `count` windows of what its text encoders have room for, and
+        so :meth:`encode_prompts` and the pipeline's own call; 1 cuts longer ones off.
+
+        Raises:
+            UserError: a model whose prompts are not read by CLIP alone.
+        """
+        if count != 1:
+            raise UserError(
+                f"prompt_windows must be 1 for a {type(self.pipeline).__name__}, but is {count}: windows are for "
+                "Stable Diffusion and SDXL, which CLIP reads alone; here a T5 has room for long captions"
+            )
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` have more tokens than the shortest of the text encoders reads."""

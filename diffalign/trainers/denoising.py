@@ -47,6 +47,8 @@ class DenoisingConfig(TrainConfig):
     Args:
         timestep_sampling: how times are drawn: uniform, or logit_normal (Esser et al. 2024). Flow models
             shift what is drawn as their scheduler does; a refiner is shown the last fifth of the times only.
+            Of an EDM model the logarithm of the noise level is uniform or normal, as Karras et al. 2022 draw
+            it (logit_mean -1.2, logit_std 1.2).
         logit_mean: of logit_normal; above 0 prefers the noisy end.
         logit_std: of logit_normal.
         stratified_times: spread the times of a step evenly: each draw of the global batch has its own part of
@@ -132,7 +134,6 @@ class DenoisingConfig(TrainConfig):
                 "clip says the size of what a video model is shown, and no videos are drawn on the way: "
                 "leave resolution and validation_prompts out"
             )
-        self._need("timesteps", all(t >= 0 for t in self.timesteps), "times of the model's schedule")
         self._need("max_bad", 0 <= self.max_bad <= 1, "between 0 and 1")
         self._need("snr_gamma", self.snr_gamma > 0, "above 0")
         self._need("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
@@ -227,6 +228,12 @@ class DenoisingTrainer(Trainer[D]):
     def _load_model(self) -> ModelAdapter:
         adapter = super()._load_model()
         adapter.check_clip(self.config.clip)
+        schedule = adapter.schedule
+        if any(not schedule.t_min <= t <= schedule.t_max for t in self.config.timesteps):
+            raise UserError(
+                f"timesteps must be times of the model, {schedule.t_min:g} to {schedule.t_max:g}, but they "
+                f"are {self.config.timesteps}"
+            )
         return adapter
 
     @property
@@ -273,6 +280,7 @@ class DenoisingTrainer(Trainer[D]):
             encode_prompts=adapter.encode_prompts,
             key={"family": type(adapter).__name__, **adapter.identity()}
             | ({"posterior": "sample"} if config.sample_latents else {}),
+            prompt_key=self._reading,
             resolution=self.size,
             batch_size=1 if config.clip else 8,
             center_crop=config.center_crop,
@@ -283,6 +291,12 @@ class DenoisingTrainer(Trainer[D]):
             barrier=self.accelerator.wait_for_everyone,
             progress=config.progress and self.accelerator.is_main_process,
         )
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What captions' encodings depend on beside the encoders, as a cache is told it."""
+        windows = self.adapter.prompt_windows
+        return {"prompt_windows": windows} if windows > 1 else {}
 
     def batch(self, step: int, slots: range) -> Batch:
         """The examples at places ``slots`` of the global batch of ``step``, with noise and times."""
@@ -390,7 +404,7 @@ class DenoisingTrainer(Trainer[D]):
         config, schedule = self.config, self.adapter.schedule
         if config.timesteps:
             t = float(numbers.choice(config.timesteps))
-            return t if schedule.is_flow else int(t)
+            return int(t) if schedule.is_discrete else t
         return self._known(draws.time(numbers, schedule, config.timestep_sampling, **self._logit))
 
     def _time_of(self, u: float) -> float:
@@ -398,7 +412,7 @@ class DenoisingTrainer(Trainer[D]):
         config, schedule = self.config, self.adapter.schedule
         if config.timesteps:
             t = float(sorted(config.timesteps)[int(u * len(config.timesteps))])
-            return t if schedule.is_flow else int(t)
+            return int(t) if schedule.is_discrete else t
         return self._known(draws.time_of(u, schedule, config.timestep_sampling, **self._logit))
 
     def _known(self, t: float) -> float:
@@ -450,6 +464,7 @@ class DenoisingTrainer(Trainer[D]):
             "size": list(self.size),
             "sides": self.data.sides,  # pairs and single images may share their content
             "draws": [self.noises, self.times],
+            **self._reading,
             **{name: getattr(config, name) for name in names},
         }
 

@@ -51,12 +51,13 @@ def time(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> float:
-    """A training time, in the network's unit: uniform, or logit-normal (Esser et al. 2024)."""
-    if sampling == "uniform" and not schedule.is_flow:
+    """A training time, in the network's unit: uniform, or logit-normal (Esser et al. 2024), which for EDM
+    models is its log-normal noise level, ``log s ~ N(logit_mean, logit_std^2)`` (Karras et al. 2022)."""
+    if sampling == "uniform" and schedule.is_discrete:
         return int(numbers.integers(schedule.num_train_timesteps))
     if sampling == "uniform":
         return time_at(schedule, 1.0 - numbers.random())
-    return time_at(schedule, 1.0 / (1.0 + math.exp(-numbers.normal(logit_mean, logit_std))))
+    return _time_of_logit(schedule, numbers.normal(logit_mean, logit_std))
 
 
 def quantile(purpose: tuple[int | str, ...], place: int, places: int) -> float:
@@ -80,12 +81,21 @@ def time_of(
     """The quantile `u`, in (0, 1), of what :func:`time` draws: distributed like it if `u` is uniform."""
     if sampling == "uniform":
         return time_at(schedule, u)
-    return time_at(schedule, 1.0 / (1.0 + math.exp(-NormalDist(logit_mean, logit_std).inv_cdf(u))))
+    return _time_of_logit(schedule, NormalDist(logit_mean, logit_std).inv_cdf(u))
 
 
 def time_at(schedule: NoiseSchedule, fraction: float) -> float:
     """The time at `fraction` of the schedule: a training step if it is discrete; of a flow model any time but
-    0, shifted."""
+    0, shifted; of an EDM model even in log sigma."""
     if schedule.is_flow:
         return float(schedule.shifted(fraction))
-    return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
+    if schedule.is_discrete:
+        return min(int(fraction * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
+    return schedule.t_min + fraction * (schedule.t_max - schedule.t_min)
+
+
+def _time_of_logit(schedule: NoiseSchedule, logit: float) -> float:
+    """Where sigma, or an EDM model's log sigma, is at a normal number."""
+    if schedule.kind == "edm":
+        return float(np.clip(0.25 * logit, schedule.t_min, schedule.t_max))
+    return time_at(schedule, 1.0 / (1.0 + math.exp(-logit)))

@@ -144,8 +144,8 @@ class PairTrainer(DenoisingTrainer[P]):
         lost = (margin < 0).float()
         moments = (margin, margin.square(), margin.abs())
         scalars = torch.stack([*rewards, *moments, won, lost, torch.sigmoid(-logit), *sides])
-        steps = self.adapter.schedule.num_train_timesteps
-        bins = (batch.t.reshape(2, -1) * TIME_BINS / steps).long().clamp(0, TIME_BINS - 1)
+        parts = self.adapter.schedule.fraction(batch.t.reshape(2, -1)) * TIME_BINS
+        bins = parts.long().clamp(0, TIME_BINS - 1)
         in_bin = torch.nn.functional.one_hot(bins, TIME_BINS).to(sides)  # (2, B, bins): a time for each image
         by_time = torch.einsum(
             "sb,sbk->sk", _by_side(errors.single or errors), in_bin.repeat(2, 1, 1)

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -105,6 +106,14 @@ def sdxl() -> StableDiffusionXLPipeline:
         unet=_sdxl_unet(width=64, ids=6),
         scheduler=EulerDiscreteScheduler.from_config(SD_SCHEDULER),
     )
+
+
+def playground_v2() -> StableDiffusionXLPipeline:
+    """SDXL with the noise of EDM, as Playground v2.5 is."""
+    pipe = sdxl()
+    pipe.scheduler = EDMDPMSolverMultistepScheduler()
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    return pipe
 
 
 def sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
@@ -225,7 +234,14 @@ def wan(**options: Any) -> WanPipeline:
     )
 
 
-BUILDERS = {"sd": tiny_pipeline, "sdxl": sdxl, "sdxl-refiner": sdxl_refiner, "sd3": sd3, "flux": flux}
+BUILDERS = {
+    "sd": tiny_pipeline,
+    "sdxl": sdxl,
+    "sdxl-refiner": sdxl_refiner,
+    "playground-v2.5": playground_v2,
+    "sd3": sd3,
+    "flux": flux,
+}
 VIDEO_BUILDERS = {"wan": wan}
 
 

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.likelihood import Errors
 from diffalign.trainers import DDOConfig, DDOTrainer
+from tests.align.families import build
 
 SMALL = {"round_steps": 2, "sampling_steps": 2, "train_batch_size": 4, "max_train_steps": 3}
 
@@ -39,6 +41,29 @@ def test_beta_is_of_sums_over_the_latent(ddo):
     wanted = math.log1p(math.exp(-0.5 * delta_data)) + 2 * math.log1p(math.exp(0.5 * delta_own))
     assert float(loss) == pytest.approx(wanted, rel=1e-4)
     assert float(logit) == pytest.approx((0.5 * delta_data - 0.5 * delta_own) / 2, rel=1e-4)
+
+
+def test_a_model_with_the_noise_of_edm(tmp_path, singles, log):
+    """As the paper's are: samples of its own, and noise levels drawn as in its training."""
+    config = DDOConfig(
+        **SMALL,
+        output_dir=str(tmp_path / "run"),
+        resolution=8,
+        rank=2,
+        timestep_sampling="logit_normal",
+        logit_mean=-0.4,
+        checkpointing_steps=0,
+        progress=False,
+    )
+    run = DDOTrainer(config, model=build("playground-v2.5"), dataset=singles)
+    run.train()
+    first, second, _ = log(run.folder)
+    assert first["loss"] == pytest.approx((1 + config.alpha_ddo) * math.log(2), abs=1e-4)
+    assert math.isfinite(second["loss"])
+    assert second["loss"] != first["loss"]
+    numbers = np.random.default_rng(0)
+    levels = run.adapter.schedule.sigma_diffusers([run._time(numbers) for _ in range(2000)])
+    assert math.log(float(np.median(levels))) == pytest.approx(-0.4, abs=0.1)
 
 
 def test_data_and_samples_have_noise_and_time_of_their_own(ddo):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 from diffalign import losses
 from diffalign.errors import UserError
@@ -243,10 +244,30 @@ def test_flow_weighting_reaches_the_epsilon_error():
     torch.testing.assert_close(weight, (1 - t.double() / 1000).square())  # err_flow = err_eps / (1 - sigma)^2
 
 
+def test_x0_weighting_of_an_edm_network_is_the_error_of_its_denoiser():
+    """And its own error that with Karras' weight ``(s^2 + sd^2) / (s sd)^2``."""
+    torch.manual_seed(0)
+    schedule, theirs = NoiseSchedule.edm(), EDMEulerScheduler()
+    level = torch.tensor([0.01, 0.3, 2.0, 60.0], dtype=torch.float64)
+    x0, noise, output = torch.randn(3, 4, 2, 3, dtype=torch.float64)
+    t = theirs.precondition_noise(level)
+    noised = add_noise(schedule, "edm", x0, noise, t)
+    denoised = theirs.precondition_outputs(x0 + level[:, None, None] * noise, output, level[:, None, None])
+    expected = (denoised - x0).square().flatten(1).mean(1)
+    weight = error_weight("x0", schedule, "edm", t)
+    torch.testing.assert_close(denoising_error(output, noised.target, weight=weight), expected)
+    own = expected * (level**2 + 0.25) / (0.5 * level) ** 2
+    torch.testing.assert_close(denoising_error(output, noised.target), own)
+
+
 def test_elbo_weight_is_the_slope_of_the_log_snr():
     t = torch.tensor([50, 500, 900])
     slope = [(SD.lambda_(x - 0.01) - SD.lambda_(x + 0.01)) / 0.02 * 1000 for x in (50.25, 500.25, 900.25)]
     assert error_weight("elbo", SD, "epsilon", t).tolist() == pytest.approx(slope, rel=0.02)
+    edm = NoiseSchedule.edm()
+    times = torch.tensor([edm.t_min, -0.3, edm.t_max], dtype=torch.float64)
+    weight = error_weight("elbo", edm, "epsilon", times)  # lambda falls evenly with time
+    assert weight.tolist() == pytest.approx([4 * (edm.t_max - edm.t_min)] * 3)
 
 
 def test_native_weighting_is_no_weighting_and_typos_are_named():

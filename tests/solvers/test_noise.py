@@ -25,6 +25,8 @@ SCHEDULES = {
     "vp": NoiseSchedule.vp_linear(time_scale=999.0),
     "cosine": NoiseSchedule.vp_cosine(),
     "flow": NoiseSchedule.flow(shift=3.0),
+    "edm": NoiseSchedule.edm(),
+    "edm of unit data": NoiseSchedule.edm(sigma_data=1.0),
 }
 
 
@@ -59,8 +61,8 @@ def test_time_and_lambda_are_inverse_and_monotone(name, u, v):
     if t < other:
         assert lambda_ >= s.lambda_(other)
     alpha, sigma = s.alpha_sigma(t)
-    assert alpha + sigma == pytest.approx(1, abs=1e-12) if s.is_flow else True
-    assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-12) if not s.is_flow else True
+    spread = alpha + sigma if s.is_flow else math.hypot(s.sigma_data * alpha, sigma)
+    assert spread == pytest.approx(1, abs=1e-12)
     if alpha > 0:
         assert lambda_ == pytest.approx(math.log(alpha / sigma), abs=1e-6)
 
@@ -140,7 +142,7 @@ def test_fingerprint_tells_schedules_apart_and_survives_storage():
         ({"trained_betas": [0.1, 1.5]}, r"\[0, 1\)"),
         ({"trained_betas": [0.1, 1.0, 0.2]}, r"\[0, 1\)"),
         ({"num_train_timesteps": 0}, "at least 1"),
-        ({"sigma_data": 0.5}, "EDM"),
+        ({"sigma_max": 50.0}, "neither those of training steps"),
         ({"trained_betas": [0.1], "rescale_betas_zero_snr": True}, "two different"),
         ({"use_flow_sigmas": True, "flow_shift": -1.0}, "above 0"),
     ],
