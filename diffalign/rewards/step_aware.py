@@ -8,7 +8,8 @@ new model starts, it is the CLIP that it was made from. Towers: the ViT of trans
 after the second normalisation.
 
 The released code resizes without antialiasing, in training and in SPO: a released checkpoint is shown images
-so, a model of one's own antialiased ones. ``preprocess="pil"`` antialiases either.
+so, a model of one's own antialiased ones. ``preprocess="pil"`` antialiases for either. What lies out of
+[0, 1] is cut off before, as in its training; in its SPO it is after.
 
 A folder holds the CLIP (as any), ``step_aware.json`` and ``step_aware.safetensors``.
 """
@@ -27,12 +28,13 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
+from torchvision.transforms.functional import center_crop
 
 from diffalign.errors import UserError
 from diffalign.output import write_json
 from diffalign.rewards.clip import Clip, ClipReward, TransformersClip, load_clip, unit
 from diffalign.rewards.files import fill, local, needed, read_weights
-from diffalign.rewards.preprocess import Fit, Preprocess, to_square
+from diffalign.rewards.preprocess import Preprocess
 
 CONFIG, WEIGHTS = "step_aware.json", "step_aware.safetensors"
 FREQUENCIES = 256
@@ -142,8 +144,7 @@ class StepAware(ClipReward):
     step_aware = True
 
     def __init__(self, clip: Clip, *, antialias: bool = True, preprocess: Preprocess = "tensor") -> None:
-        fit: Fit = "crop" if antialias else "center_crop"
-        super().__init__("step-aware", clip, fit=fit, preprocess=preprocess)
+        super().__init__("step-aware", clip, preprocess=preprocess)
         self.antialias = antialias
         tower = _tower(clip)
         self.time = TimestepEmbedding(FREQUENCIES, tower.width)
@@ -180,9 +181,12 @@ class StepAware(ClipReward):
         return self.clip.scale * (seen * self.texts(prompts)).sum(-1)
 
     def square(self, images: Tensor) -> Tensor:
-        return to_square(
-            images, self.clip.size, fit=self.fit, preprocess=self.preprocess, antialias=self.antialias
-        )
+        if self.antialias or self.preprocess == "pil":
+            return super().square(images)
+        size = self.clip.size
+        sides = [int(side * size / min(images.shape[-2:]) + 0.5) for side in images.shape[-2:]]
+        resized = nn.functional.interpolate(images.float(), sides, mode="bicubic")
+        return center_crop(resized, [size, size]).clamp(0, 1)
 
     def images(self, pixels: Tensor, timesteps: Tensor | float) -> Tensor:
         """``(B, D)`` float32 unit vectors of ``pixels (B, 3, size, size)`` in [0, 1] at `timesteps`."""

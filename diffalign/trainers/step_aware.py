@@ -4,7 +4,8 @@ For each pair a time t and one noise for both images are drawn; the frozen denoi
 from the two noisy ones, with guidance; what it predicts is decoded and judged by the model at time t. The
 loss is the cross-entropy of the two scores under the pair's label
 (:func:`diffalign.rewards.preference.soft_cross_entropy`), and a prompt with many pairs counts no more than
-others. No gradient passes the decoder or the denoiser.
+others: a pair weighs one over the pairs of its prompt, scaled to mean 1 over the data (the published code
+scales to sum 1 in each batch, whatever is in it). No gradient passes the decoder or the denoiser.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class StepAwareTrainer(PairTrainer[StepAwareConfig]):
 
     def validate(self) -> dict[str, Any]:
         """Share of the held-out pairs with a winner that the model gets right, at each evaluation time; at 0
-        the images themselves are judged."""
+        the images themselves are judged, as the autoencoder gives them back."""
         data = self.validation_data
         if data is None:
             return {}
