@@ -70,7 +70,8 @@ class D3POConfig(PairItemConfig):
             with.
         votes: file of 'diffalign vote' on its images.
         compare: all pairs of a prompt's images that differ, or best_worst alone; random_reward is the
-            published rule of PSO's Turbo script (first two images, one reward at random, ties to the second).
+            published rule of PSO's Turbo script (first two images, one reward at random for each step, ties
+            to the second).
     """
 
     same_start: bool = True
@@ -170,21 +171,21 @@ class D3POTrainer(PairItemTrainer[D3POConfig]):
         compare = COMPARISONS[self.config.compare]
         found = []
         for prompt, group in enumerate(rewards):
-            pairs = compare(group, numbers)
-            members = sorted({image for pair in pairs for image in pair})
-            place = {image: m for m, image in enumerate(members)}
-            placed = tuple((place[w], place[l]) for w, l in pairs)  # noqa: E741
-            found += [
-                Item(
-                    int(step),
-                    prompt,
-                    tuple(index[prompt, members, step].tolist()),
-                    tuple(index[prompt, members, step + 1].tolist()),
-                    placed,
+            for step in self.steps:
+                pairs = compare(group, numbers)
+                if not pairs:
+                    continue
+                members = sorted({image for pair in pairs for image in pair})
+                place = {image: m for m, image in enumerate(members)}
+                found.append(
+                    Item(
+                        int(step),
+                        prompt,
+                        tuple(index[prompt, members, step].tolist()),
+                        tuple(index[prompt, members, step + 1].tolist()),
+                        tuple((place[w], place[l]) for w, l in pairs),  # noqa: E741
+                    )
                 )
-                for step in self.steps
-                if pairs
-            ]
         return found
 
 

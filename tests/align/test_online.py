@@ -3,6 +3,7 @@
 import json
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,16 @@ def test_one_reward_with_ties_to_the_second_as_published():
     for a, b, wanted in zip(one, two, case["output/prefer"].tolist(), strict=True):
         ((winner, _),) = random_reward(np.stack([a, b]))
         assert wanted == ([1, -1] if winner == 0 else [-1, 1])
+
+
+def test_a_random_reward_is_drawn_anew_at_every_step():
+    """Two rewards that disagree: as in the published script, either image wins about half of the steps."""
+    trainer = SimpleNamespace(config=SimpleNamespace(compare="random_reward"), steps=np.arange(200))
+    rewards = np.array([[[1.0, 0.0], [0.0, 1.0]]])
+    index = np.arange(2 * 201).reshape(1, 2, 201)
+    items = D3POTrainer.items(trainer, index, rewards, np.random.default_rng(0))
+    assert [item.step for item in items] == list(range(200))
+    assert 70 <= sum(item.pairs == ((0, 1),) for item in items) <= 130
 
 
 @pytest.mark.parametrize(("case", "scale"), [("True", "global"), ("False", "group")])
