@@ -190,6 +190,7 @@ class DipperPerturber:
             attention_mask=inputs["attention_mask"],
             do_sample=True,
             top_p=0.75,
+            top_k=0,  # no other limit; transformers would take 50
             max_new_tokens=self._length,
         )
         decoded = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -81,8 +81,11 @@ def test_a_paraphrasing_model(tmp_path):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     rewrite = DipperPerturber(tmp_path, level="weak", max_new_tokens=5, batch_size=2)
+    told, generate = [], rewrite._model.generate
+    rewrite._model.generate = lambda **options: told.append(options) or generate(**options)
     said = rewrite(["a red star", "two", "three"])
     assert len(said) == 3
+    assert {(options["top_p"], options["top_k"]) for options in told} == {(0.75, 0)}  # the nucleus alone
     assert said == rewrite(["a red star", "two", "three"])
     asked = []
     rewrite._rewritten = lambda parts: asked.extend(parts) or [now.upper() for _, now in parts]
