@@ -649,7 +649,8 @@ def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
 
 def dspo_residual(residual: Tensor, shift: Tensor, logit: Tensor, beta: Beta) -> Tensor:
     """``(f - y) - beta s(-z) (f - f_ref)`` of the chosen image, whose mean square is the loss of DSPO (Zhu et
-    al. 2025): score matching towards the preferred distribution.
+    al. 2025): score matching towards the preferred distribution. For SDXL the published code has another
+    loss, without the target; this one is for SDXL as well.
 
     Args:
         residual: ``f - y`` (B, C, ...); ``shift``: ``f - f_ref``, alike.

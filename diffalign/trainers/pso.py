@@ -25,7 +25,8 @@ class PSOConfig(D3POConfig):
     """PSO: align a few-step distilled model on its own samples.
 
     The last step of such a sampler adds no noise and is not trained, so it needs two or more. Without
-    sample_timesteps they are those of sample_steps trailing steps: 999, 749, 499, 249 for four.
+    sample_timesteps they are those of sample_steps trailing steps: 999, 749, 499, 249 for four. (Where
+    sample_steps does not divide 1000 the published script for DMD2 starts a few steps lower.)
     """
 
     learning_rate: float = 1e-5

@@ -130,9 +130,9 @@ def test_offline_pulls_the_targets_in(offline, log):
     [
         ({"loss_type": "sigmoid"}, "loss_type must be pso or pso_db"),
         ({"negative_weight": -1.0}, "negative_weight must be 0 or more"),
-        ({"timesteps": [-5.0]}, "timesteps must be times"),
+        ({"timesteps": [-5.0]}, "timesteps must be times"),  # known once the model is read
     ],
 )
 def test_wrong_options_are_refused(offline, options, words):
     with pytest.raises(UserError, match=words):
-        offline(**options)
+        offline(**options).train()
