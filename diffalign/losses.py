@@ -278,7 +278,11 @@ def dpop(chosen: Tensor, rejected: Tensor, beta: Beta, *, penalty: float = 5.0) 
 
 
 def alpha_dpo(chosen: Tensor, rejected: Tensor, beta: Beta, *, mu: float = 0.9999) -> Tensor:
-    """:func:`alpha_divergence` of order ``a = mu s(z)`` (no gradient through a): robust to flipped labels."""
+    """:func:`alpha_divergence` of order ``a = mu s(z)`` (no gradient through a): robust to flipped labels.
+
+    Each pair has an order of its own; the published code takes ``mu`` times the mean of s(z) over the batch
+    of all processes, and at the start of a run mu itself.
+    """
     log_u = logsigmoid(beta * (chosen - rejected))
     return alpha_divergence(log_u, (mu * log_u.detach().exp()).clamp(min=1e-12))
 
@@ -570,6 +574,8 @@ def lambda_rank(log_ratio: Tensor, beta: Beta, *, rewards: Tensor) -> Tensor:
     """Pairwise DPO over a list, each pair weighted by what swapping it does to the discounted gain (TPO)::
 
         sum over r_i > r_j of |2^r_i - 2^r_j| |1/log2(1+rank_i) - 1/log2(1+rank_j)| (-log s(beta (d_i - d_j)))
+
+    That is the paper's; the published code leaves the weights out.
 
     Args:
         log_ratio, rewards: ``(B, K)``; ranks count from 1, the best.
