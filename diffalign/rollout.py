@@ -26,6 +26,7 @@ class RolloutConfig(SamplerConfig):
         output_dir: folder to write to
         dataset_name: the prompts: a .txt file with one per line, or any data set with captions
         max_prompts: use only so many
+        prompt_windows: in how many windows of 75 tokens Stable Diffusion and SDXL read a prompt
         resolution: side of the images in pixels, by default the model's own
         lora: folder or file of LoRA weights of the policy
         seed: of all noise
@@ -39,6 +40,7 @@ class RolloutConfig(SamplerConfig):
     max_prompts: int | None = None
     images_per_prompt: int = 7
     same_start: bool = True
+    prompt_windows: int = 1
     resolution: int | None = None
     lora: str | None = None
     seed: int = 0
@@ -71,6 +73,7 @@ def run(config: RolloutConfig) -> Path:
     prompts = read_prompts(config.dataset_name, limit=config.max_prompts)
     pipe = load_pipeline(config.model, device=config.device, dtype=config.dtype, lora=config.lora)
     adapter = load_adapter(pipe)
+    adapter.read_in_windows(config.prompt_windows)
     transition = transition_for(adapter, config, resolution=config.resolution)
     done = trajectories.start(folder, sampler_settings(config, config.resolution, transition))
     images = config.images_per_prompt

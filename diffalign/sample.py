@@ -26,6 +26,8 @@ class SampleConfig:
         prompts: what to draw; several words in quotes are one prompt
         prompt_file: text file with one prompt a line, instead of or after --prompts
         negative_prompt: what not to draw, for all prompts
+        prompt_windows: in how many windows of 75 tokens Stable Diffusion and SDXL read a prompt; with 1 they
+            read the first 75 tokens
         solver: dpm-solver++, ddim, ... or a diffusers class such as EulerDiscreteScheduler; by default the
             pipeline's own
         solver_options: options of the solver, as in --solver_options.solver_order 3
@@ -48,6 +50,7 @@ class SampleConfig:
     prompts: list[str] | None = None
     prompt_file: str | None = None
     negative_prompt: str | None = None
+    prompt_windows: int = 1
     solver: str | None = None
     solver_options: dict[str, int | float | bool | str] = field(default_factory=dict)
     steps: int = 20
@@ -64,7 +67,7 @@ class SampleConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "prompt_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not self.seeds:
@@ -100,6 +103,7 @@ def run(config: SampleConfig) -> Path:
     prompts = read_prompts(config.prompts, config.prompt_file)
     out = prepare(config.output_dir, overwrite=config.overwrite)
 
+    from diffalign.models import load_adapter
     from diffalign.pipelines.generate import generate
     from diffalign.pipelines.load import load_pipeline, make_scheduler, scheduler_class
     from diffalign.report import save_png, tile, versions
@@ -114,6 +118,8 @@ def run(config: SampleConfig) -> Path:
         variant=config.variant,
         lora=config.lora,
     )
+    if config.prompt_windows > 1:
+        load_adapter(pipe).read_in_windows(config.prompt_windows)
     scheduler = (
         make_scheduler(config.solver, pipe.scheduler.config, **config.solver_options)
         if config.solver is not None

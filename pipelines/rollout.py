@@ -121,7 +121,7 @@ def sampler_settings(config: SamplerConfig, resolution: int | None, transition: 
     values."""
     names = ("images_per_prompt", "sample_guidance", "transition", "transition_options", "sample_end")
     options = asdict(config)
-    shared = {name: options[name] for name in (*names, "empty_caption")}
+    shared = {name: options[name] for name in (*names, "empty_caption", "prompt_windows")}
     return shared | {"resolution": resolution, "timesteps": transition.timesteps.tolist()}
 
 

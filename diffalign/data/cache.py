@@ -169,6 +169,7 @@ def cached_examples(
     encode_images: EncodeImages,
     encode_prompts: EncodePrompts,
     key: Mapping[str, Any],
+    prompt_key: Mapping[str, Any] | None = None,
     resolution: int | tuple[int, int],
     center_crop: bool = True,
     random_flip: bool = False,
@@ -193,6 +194,7 @@ def cached_examples(
         encode_prompts: B prompts -> {name: (B, ...)}, of a length that does not depend on the prompts.
         key: what the encoders are, as JSON values (model name, weights hash, dtype...): another key, another
             cache entry. Encoders whose weights change must change it.
+        prompt_key: likewise, of what concerns prompts alone.
         resolution: side of a square or (height, width), in pixels.
         center_crop: centre; otherwise one place per row, drawn from the images' content.
         random_flip: cache both variants, from which :meth:`CachedExamples.batch` draws.
@@ -219,13 +221,14 @@ def cached_examples(
         raise ValueError("processes that share a cache need a folder and a barrier")
     transform = PairTransform(resolution, center_crop, random_flip, joint)
     encoders = {"key": dict(key), "dtype": str(dtype).removeprefix("torch.")}
+    reading = encoders | ({"prompts": dict(prompt_key)} if prompt_key else {})
     sized: dict[str, Any] = encoders | {"resolution": list(size_of(resolution))}
     sized |= {"posterior": "mean"} if posterior == "mean" else {}
     sized |= {"frames": dataset.frames} if dataset.frames else {}
 
     def fill(part: PairDataset | ImageDataset) -> tuple[ShardStore, ShardStore, list[Visit], list[str]]:
         """Encode what is missing for a part of the data set."""
-        images, texts = open_store(folder, "images", sized), open_store(folder, "prompts", encoders)
+        images, texts = open_store(folder, "images", sized), open_store(folder, "prompts", reading)
         visits: list[Visit] = []
 
         def missing_images() -> Iterator[tuple[str, Fitted]]:

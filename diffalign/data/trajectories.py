@@ -40,7 +40,8 @@ class Trajectories:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         try:
-            self.settings: dict[str, Any] = json.loads((self.folder / SETTINGS).read_text())
+            before_windows = {"prompt_windows": 1}  # of folders that are older than this setting
+            self.settings: dict[str, Any] = before_windows | json.loads((self.folder / SETTINGS).read_text())
             lines = (self.folder / METADATA).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             self.images: dict[str, list[str]] = {}

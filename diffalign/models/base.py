@@ -183,12 +183,12 @@ class ModelAdapter(ABC):
         so :meth:`encode_prompts` and the pipeline's own call; 1 cuts longer ones off.
 
         Raises:
-            UserError: a model whose prompts are not read by CLIP alone.
+            UserError: below 1, or a model that has other readers than CLIP.
         """
         if count != 1:
             raise UserError(
-                f"prompt_windows must be 1 for a {type(self.pipeline).__name__}, but is {count}: windows are for "
-                "Stable Diffusion and SDXL, which CLIP reads alone; here a T5 has room for long captions"
+                f"prompt_windows must be 1 for a {type(self.pipeline).__name__}, but is {count}: windows are "
+                "for Stable Diffusion and SDXL, which only CLIP reads for; a T5 has room for long captions"
             )
 
     def count_truncated(self, texts: Sequence[str]) -> int:

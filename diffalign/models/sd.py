@@ -10,8 +10,10 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from torch import Tensor, nn
 
+from diffalign.errors import UserError
 from diffalign.likelihood import Conditions
 from diffalign.models.base import ModelAdapter
+from diffalign.models.windows import Windows
 
 
 class SDAdapter(ModelAdapter):
@@ -32,6 +34,24 @@ class SDAdapter(ModelAdapter):
             list(prompts), self.pipeline.text_encoder.device, 1, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds}
+
+    @property
+    def prompt_windows(self) -> int:
+        encode = self.pipeline.encode_prompt
+        return encode.count if isinstance(encode, Windows) else 1
+
+    def read_in_windows(self, count: int) -> None:
+        if count < 1:
+            raise UserError(f"prompt_windows must be at least 1, but is {count}")
+        self.pipeline.__dict__.pop("encode_prompt", None)
+        if count > 1:
+            self.pipeline.encode_prompt = Windows(self.pipeline, count)
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        encode = self.pipeline.encode_prompt
+        if not isinstance(encode, Windows):
+            return super().count_truncated(texts)
+        return sum(len(encode.split(text)) > encode.count for text in texts)
 
     def _file_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return convert_state_dict_to_diffusers(state)

@@ -447,7 +447,9 @@ class Trainer(ABC, Generic[C]):
         parts = {}
         if config.pretrained_vae_model_name_or_path:
             parts["vae"] = load_vae(config.pretrained_vae_model_name_or_path)
-        return load_adapter(self._model, revision=config.revision, variant=config.variant, **parts)
+        adapter = load_adapter(self._model, revision=config.revision, variant=config.variant, **parts)
+        adapter.read_in_windows(config.prompt_windows)
+        return adapter
 
     def _prepare_optimisation(self) -> None:
         config, accelerator = self.config, self.accelerator

@@ -46,7 +46,7 @@ def write_card(trainer: Trainer[Any], metrics: dict[str, Any], alarms: dict[str,
 {load}
 ```
 
-Options that differ from the defaults:
+{_reading(config.prompt_windows)}Options that differ from the defaults:
 
 ```json
 {json.dumps(changed, indent=2)}
@@ -67,6 +67,15 @@ Metrics of the last step (all steps: `log.jsonl`):
         text += "\nAlarms during training:\n\n" + "".join(f"- {n}: {s}\n" for n, s in alarms.items())
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     write_text(trainer.folder / "README.md", f"{text}\nVersions: {versions}.\n")
+
+
+def _reading(windows: int) -> str:
+    if windows == 1:
+        return ""
+    return (
+        f"Captions were read in {windows} windows. So are prompts after "
+        f"`diffalign.models.load_adapter(pipe).read_in_windows({windows})`.\n\n"
+    )
 
 
 def upload(folder: Path, repository: str) -> None:

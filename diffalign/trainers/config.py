@@ -32,6 +32,9 @@ class TrainConfig:
         center_crop: crop the centre; otherwise a place drawn per pair.
         random_flip: mirror both images of a pair half the time.
         proportion_empty_prompts: share of pairs that are trained without their caption.
+        prompt_windows: in how many windows of 75 tokens Stable Diffusion and SDXL read a caption, each by
+            itself, for the network to attend to all of them; with 1 they read the first 75 tokens, which is
+            what other software does.
         train_batch_size: pairs per device and forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
         max_train_steps: optimiser steps.
@@ -88,6 +91,7 @@ class TrainConfig:
     center_crop: bool = True
     random_flip: bool = False
     proportion_empty_prompts: float = 0.0
+    prompt_windows: int = 1
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 1000
@@ -129,7 +133,7 @@ class TrainConfig:
             UserError: names the option, its value and what is allowed.
         """
         counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        for name in (*counts, "validation_inference_steps"):
+        for name in (*counts, "validation_inference_steps", "prompt_windows"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr_warmup_steps", "rank", "checkpointing_steps", "learning_rate"):
             self._need(name, getattr(self, name) >= 0, "0 or more")

@@ -504,6 +504,7 @@ def test_a_rollout_that_was_cut_off_goes_on(sampled):
     [
         ({"sample_guidance": 5.0}, "sampled with sample_guidance 3.0, but this run has 5.0"),
         ({"sample_steps": 7}, "sampled with timesteps"),
+        ({"prompt_windows": 2}, "sampled with prompt_windows 1, but this run has 2"),
         ({"votes": None}, "trajectories and votes belong together"),
     ],
 )
