@@ -98,8 +98,8 @@ def write_lists(folder: str | Path, lists: Iterable[ScoredImages], *, overwrite:
                 files = [f"images/{number:06d}_{i}.png" for i in range(len(listed.images))]
                 for file, image in zip(files, listed.images, strict=True):
                     image.save(new / file)
-                row = {"id": listed.id, "prompt": listed.prompt, "images": files}
-                row["scores"] = [float(score) for score in listed.scores]
+                scores = [float(score) for score in listed.scores]
+                row = {"id": listed.id, "prompt": listed.prompt, "images": files, "scores": scores}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             os.fsync(lines.fileno())

@@ -250,20 +250,30 @@ def test_accelerate_takes_the_shipped_configs(path):
 
 
 def test_losses_over_the_batch_see_the_pairs_of_all_processes(trainer, log, tmp_path, pairs):
-    """And a beta that follows the margins is one number everywhere."""
+    """And a beta or a scale that follows the log-ratios is one number everywhere."""
     options = SMALL | {"losses": [LossTerm(name="aot"), LossTerm(name="kto_pair", weight=0.5)]}
     some = pairs[:12]
     some.prompt_weights = True  # 2/3 for the prompts that two of them share, else 4/3
     options["dataset"] = some
     trainer("one", train_batch_size=8, **options).train()
+    exponential = SMALL | {"loss_type": "forward_kl"}
+    alone = trainer("alone", train_batch_size=8, **exponential)
+    alone.train()
 
     def work(rank):
         trainer("two", train_batch_size=4, **options).train()
         follower = trainer("beta", train_batch_size=4, beta_target=0.3, learning_rate=1e-2)
         follower.train()
         (tmp_path / f"beta{rank}").write_text(repr(follower.beta))
+        scaled = trainer("scale", train_batch_size=4, **exponential)
+        scaled.train()
+        (tmp_path / f"scale{rank}").write_text(repr(scaled.nats))
 
     processes(2, work, tmp_path)
     assert_alike(tmp_path / "one", tmp_path / "two", log)
     betas = [(tmp_path / f"beta{rank}").read_text() for rank in (0, 1)]
     assert betas[0] == betas[1] != "2000.0"
+    scales = [(tmp_path / f"scale{rank}").read_text() for rank in (0, 1)]
+    assert scales[0] == scales[1]
+    assert float(scales[0]) == pytest.approx(alone.nats, rel=1e-3)
+    assert alone.nats > 1
