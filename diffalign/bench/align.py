@@ -118,7 +118,12 @@ METHODS: dict[str, Method] = {
         options=_IMAGES | {"compare": "matched", "sft_weight": 0.2, "learning_rate": 5e-4},
     ),
     "flow-rwr-online": _row(
-        "flow_online", "FlowRWROnline", own=True, on="flow", options=_IMAGES, reference=False
+        "flow_online",
+        "FlowRWROnline",
+        own=True,
+        on="flow",
+        options=_IMAGES | {"sample_steps": 32},  # it learns the sampler's error as well as the images
+        reference=False,
     ),
 }
 
