@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 
+from diffalign.data import open_pairs, open_scored
 from diffalign.errors import UserError
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.load import make_scheduler
 from diffalign.playground import ASSETS, few_step, load, load_scorer, model_path, sd
 from diffalign.playground.captions import change_one_word, draw_captions
-from diffalign.playground.pairs import Candidates, draw_candidates
+from diffalign.playground.pairs import Candidates, PairsConfig, draw_candidates, run
 from diffalign.playground.sd import to_pixels
 from diffalign.playground.verifier import accuracy
 from diffalign.playground.world import render, scene
@@ -115,6 +116,22 @@ def test_candidates_pair_the_best_with_the_worst(pipe):
     scores = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]], np.float32)
     assert Candidates(drawn.captions, drawn.images, scores).pairs(1.0) == [(0, 1, 0)]
     assert Candidates(drawn.captions, drawn.images, scores).pairs(5.0) == []
+
+
+def test_all_candidates_are_written_as_lists_on_request(tmp_path, capsys):
+    options = {"prompts": 2, "images": 3, "steps": 1, "margin": 0.0}
+    pairs = open_pairs(run(PairsConfig(output_dir=str(tmp_path / "pairs"), **options)))
+    folder = run(PairsConfig(output_dir=str(tmp_path / "lists"), lists=True, **options))
+    assert "wrote 2 lists of 2 captions" in capsys.readouterr().out
+    scored = open_scored(folder)
+    assert scored.prompts == [pair.prompt for pair in pairs for _ in range(3)]
+    for pair, listed in zip(pairs, open_pairs(folder), strict=True):  # of which the best and the worst
+        assert (listed.prompt, listed.images) == (pair.prompt, pair.images)
+        assert listed.scores[0] > listed.scores[1]
+    with pytest.raises(UserError, match="lists' is not empty"):
+        run(PairsConfig(output_dir=str(folder), lists=True, **options))
+    with pytest.raises(UserError, match="no two scores differ by 1000"):
+        run(PairsConfig(output_dir=str(tmp_path / "none"), lists=True, **options | {"margin": 1000.0}))
 
 
 def test_unknown_models_are_named():
