@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from diffalign.bench.align import AlignConfig
 
 Row = Mapping[str, Any]
+
+LINEAR = 5.0  # points up to which gains are drawn to scale
+MARKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
 
 
 def write_report(folder: Path, config: AlignConfig, rows: Sequence[Row]) -> str:
@@ -72,6 +76,8 @@ def shown_row(row: Row) -> dict[str, str]:
 def gains(rows: Sequence[Row]) -> Any:
     """Left, gain in verifier accuracy with its interval, best on top, a stroke for each seed; right, what it
     cost in distance from the base."""
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
     ranked = sorted(rows[1:], key=lambda row: row["gain"]["value"])
     figure, (left, right) = new_figure(11, max(3.2, 0.45 * len(ranked) + 1.3), columns=2)
     left.axvline(0, color=PALETTE["muted"], lw=1, ls=":")
@@ -84,12 +90,35 @@ def gains(rows: Sequence[Row]) -> Any:
         seeds = [100 * one for one in row["by_seed"]]
         left.plot(seeds, [place + 0.2] * len(seeds), "|", color=colour)
         right.errorbar(drift, 100 * gain["value"], yerr=spread, fmt="o", color=colour, capsize=3, alpha=0.8)
-        right.annotate(
-            row["method"], (drift, 100 * gain["value"]), (6, 4), textcoords="offset points", fontsize=8
-        )
     left.set_yticks(range(len(ranked)), [row["method"] for row in ranked])
     left.set_xlabel("gain in verifier accuracy over the base model, points")
     right.set_xlabel("distance from the base model: change of the network's output, %")
     right.set_ylabel("gain, points")
-    right.set_xlim(left=0)
+    # Linear up to a few points, logarithmic beyond: one method that ruins the model should not hide the rest.
+    left.set_xscale("symlog", linthresh=LINEAR)
+    right.set_yscale("symlog", linthresh=LINEAR)
+    right.set_xscale("symlog", linthresh=1.0)
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(FixedLocator(MARKS))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
+    right.set_xlim(0, 2 * max(100 * row["drift"] for row in ranked) or 1)
+    _label(right, {row["method"]: (100 * row["drift"], 100 * row["gain"]["value"]) for row in ranked})
     return figure
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]], gap: float = 11.0) -> None:
+    """Names beside points, each at least `gap` pixels above the one below it."""
+    lowest = -math.inf
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = axes.transData.transform(point)
+        lowest = max(y, lowest + gap * axes.figure.dpi / 72)
+        place = axes.transData.inverted().transform((x + 12 * axes.figure.dpi / 72, lowest))
+        axes.annotate(
+            name,
+            point,
+            place,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": PALETTE["muted"], "lw": 0.6, "shrinkB": 3},
+        )
