@@ -52,7 +52,8 @@ def run(config: RolloutConfig) -> Path:
     """Sample and write; returns the output folder.
 
     Raises:
-        UserError: no prompts, a model or sampler that cannot be used, a folder with something else in it.
+        UserError: no prompts, a model or sampler that cannot be used or adds no noise, a folder with
+            something else in it.
     """
     config.check_sampler()
     if not config.dataset_name:
@@ -67,14 +68,14 @@ def run(config: RolloutConfig) -> Path:
     from diffalign.models import load_adapter
     from diffalign.pipelines.guidance import guidance_for
     from diffalign.pipelines.load import load_pipeline
-    from diffalign.pipelines.rollout import decoded, rollout, sampler_settings, transition_for
+    from diffalign.pipelines.rollout import decoded, rollout, sampler_settings, stochastic, transition_for
     from diffalign.trainers import draws
 
     prompts = read_prompts(config.dataset_name, limit=config.max_prompts)
     pipe = load_pipeline(config.model, device=config.device, dtype=config.dtype, lora=config.lora)
     adapter = load_adapter(pipe)
     adapter.read_in_windows(config.prompt_windows)
-    transition = transition_for(adapter, config, resolution=config.resolution)
+    transition = stochastic(transition_for(adapter, config, resolution=config.resolution), config)
     done = trajectories.start(folder, sampler_settings(config, config.resolution, transition))
     images = config.images_per_prompt
     for number, prompt in enumerate(tqdm(prompts, desc="prompts", unit="prompt")):

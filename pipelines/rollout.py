@@ -116,6 +116,21 @@ def transition_for(
     )
 
 
+def stochastic(transition: Transition, config: SamplerConfig) -> Transition:
+    """The same steps, if one of them at least adds noise and so has a likelihood.
+
+    Raises:
+        UserError: none does.
+    """
+    if not len(transition.stochastic):
+        raise UserError(
+            f"none of the {len(transition)} steps adds noise (transition {config.transition}, "
+            f"options {config.transition_options}), so none has a likelihood to learn from: use more "
+            "steps, or ddim with eta above 0"
+        )
+    return transition
+
+
 def sampler_settings(config: SamplerConfig, resolution: int | None, transition: Transition) -> dict[str, Any]:
     """What a policy that learns from trajectories must share with the one that sampled them, as JSON
     values."""

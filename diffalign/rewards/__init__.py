@@ -120,7 +120,7 @@ def load_rewards(
     Args:
         rewards: specs, or names, with their weights after an equals sign: ``pickscore=models/PickScore_v1``.
         aggregate, coefficient, rejected_score: see :class:`Ensemble`.
-        device, preprocess: see :func:`load_reward`.
+        device, preprocess: see :func:`load_reward`; a spec's own ``options`` come first.
 
     Raises:
         UserError: as :func:`load_reward` and :class:`Ensemble`.
@@ -130,7 +130,8 @@ def load_rewards(
     members = []
     for given in rewards:
         spec = _spec(given) if isinstance(given, str) else given
-        reward = load_reward(spec.name, spec.path, device=device, preprocess=preprocess, **spec.options)
+        options: dict[str, Any] = {"preprocess": preprocess} | spec.options
+        reward = load_reward(spec.name, spec.path, device=device, **options)
         members.append(Member(reward, spec.weight, spec.at_least))
     if not members:
         raise UserError(f"rewards must name at least one of {', '.join(REWARDS)}")

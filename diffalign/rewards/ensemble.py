@@ -114,12 +114,21 @@ class Ensemble(Reward):
         votes = torch.stack([m.weight * (one - two) for m, one, two in voters if m.at_least is None])
         return ~((votes > 0).any(0) & (votes < 0).any(0))
 
+    def weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        """``(K, B)`` from what :meth:`parts` gave: weight times score of each member that is no gate, or
+        ``rejected_score`` from all of them where a gate rejects the image."""
+        pairs = list(zip(self.members, parts.values(), strict=True))
+        return self._gated(torch.stack([m.weight * score for m, score in pairs if m.at_least is None]), parts)
+
     def combine(self, parts: dict[str, Tensor]) -> Tensor:
         """One score ``(B,)`` from what :meth:`parts` gave."""
         pairs = list(zip(self.members, parts.values(), strict=True))
         weighted = torch.stack([m.weight * score for m, score in pairs if m.at_least is None])
-        total = _AGGREGATES[self.aggregate](weighted, self.coefficient)
-        for member, score in pairs:
+        return self._gated(_AGGREGATES[self.aggregate](weighted, self.coefficient), parts)
+
+    def _gated(self, scores: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """``scores (..., B)``, `rejected_score` where a gate rejects the image."""
+        for member, score in zip(self.members, parts.values(), strict=True):
             if member.at_least is not None and self.rejected_score is not None:
-                total = torch.where(score >= member.at_least, total, self.rejected_score)
-        return total
+                scores = torch.where(score >= member.at_least, scores, self.rejected_score)
+        return scores

@@ -29,8 +29,8 @@ from diffalign.data.prompts import read_prompts
 from diffalign.errors import UserError
 from diffalign.likelihood import Gaussian
 from diffalign.pipelines.guidance import Guidance, guidance_for
-from diffalign.pipelines.rollout import SamplerConfig, decoded, rollout, transition_for
-from diffalign.rewards import Reward, RewardSpec, load_rewards
+from diffalign.pipelines.rollout import SamplerConfig, decoded, rollout, stochastic, transition_for
+from diffalign.rewards import Ensemble, Reward, RewardSpec, load_rewards
 from diffalign.trainers import draws
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.config import TrainConfig
@@ -54,6 +54,8 @@ class OnlineConfig(SamplerConfig, TrainConfig):
             (pickscore=models/PickScore_v1), or, in a file, settings of each; docs/rewards.md lists them.
         aggregate: how several make one: sum, wco (the worst), uwo (mean minus variance), or pareto, where an
             image beats another if it is at least as good by all of them.
+        coefficient: what uwo multiplies the variance with.
+        rejected_score: what an image gets that a gate (at_least) rejects; under pareto, by each reward.
         prompts_per_round: prompts that a round draws, over all processes.
         trained_steps: share of the steps of a trajectory that are trained on, from the noisy end; steps
             without noise never are.
@@ -65,6 +67,8 @@ class OnlineConfig(SamplerConfig, TrainConfig):
     max_train_steps: int = 1000
     rewards: list[str | RewardSpec] = field(default_factory=list)
     aggregate: Literal["sum", "wco", "uwo", "pareto"] = "sum"
+    coefficient: float = 1.0
+    rejected_score: float | None = None
     prompts_per_round: int = 8
     trained_steps: float = 1.0
     inner_epochs: int = 1
@@ -186,14 +190,10 @@ class OnlineTrainer(Trainer[O]):
             self.weights.use_as_reference()
         config, adapter = self.config, self.adapter
         self.transition = transition_for(adapter, config, resolution=config.resolution)
+        if self.needs_density:
+            self.transition = stochastic(self.transition, config)
         kept = self.transition.stochastic
         self.steps = kept[kept < max(1, round(config.trained_steps * len(self.transition)))]
-        if self.needs_density and not len(self.steps):
-            raise UserError(
-                f"none of the {len(self.transition)} steps adds noise (transition {config.transition}, "
-                f"options {config.transition_options}), so none has a likelihood to learn from: use more "
-                "steps, or ddim with eta above 0"
-            )
         weight = np.ones(len(self.transition))
         if config.step_weight == "inverse_kl":
             weight[self.steps] = 1 / self.transition.kl_weight[self.steps]
@@ -362,7 +362,10 @@ class OnlineTrainer(Trainer[O]):
         if not isinstance(self.reward, Reward):
             return torch.as_tensor(self.reward(images, prompts)).float()
         if self.config.aggregate == "pareto":
-            return torch.stack(list(self.reward.parts(images, prompts).values()), 1)
+            parts = self.reward.parts(images, prompts)
+            if isinstance(self.reward, Ensemble):
+                return self.reward.weighted(parts).T
+            return torch.stack(list(parts.values()), 1)
         return self.reward.score(images, prompts, **at)
 
     def round_metrics(self, rewards: np.ndarray) -> dict[str, float]:
@@ -514,7 +517,12 @@ class Members:
 
 def _load(config: OnlineConfig) -> Reward:
     aggregate = "sum" if config.aggregate == "pareto" else config.aggregate
-    return load_rewards(config.rewards, aggregate=aggregate)
+    return load_rewards(
+        config.rewards,
+        aggregate=aggregate,
+        coefficient=config.coefficient,
+        rejected_score=config.rejected_score,
+    )
 
 
 def reward_metrics(rewards: np.ndarray) -> dict[str, float]:

@@ -22,6 +22,7 @@ from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.guidance import guidance_for
 from diffalign.pipelines.rollout import RowNoise, decoded, rollout, sampling_times
+from diffalign.rewards import RewardSpec
 from diffalign.rollout import RolloutConfig
 from diffalign.rollout import run as run_rollout
 from diffalign.solvers import DDIMScheduler
@@ -379,6 +380,31 @@ def test_several_rewards_by_pareto(tmp_path, model_folder):
         D3POTrainer(config, model=model_folder, dataset=PROMPTS).train()  # opposites: nobody dominates
 
 
+def test_gates_reject_images_and_pareto_minds_weights(tmp_path, model_folder):
+    """A black image and a noisy one; a negative weight turns the opposite judge into the same one."""
+    numbers = torch.Generator().manual_seed(0)
+    images = torch.cat([torch.zeros(1, 3, 16, 16), torch.rand(1, 3, 16, 16, generator=numbers)])
+
+    def rewards_of(aggregate, *rewards, **options):
+        config = D3POConfig(
+            output_dir=str(tmp_path / "run"), rewards=[*rewards], aggregate=aggregate, **options
+        )
+        return D3POTrainer(config, model=model_folder, dataset=PROMPTS)._asked(images, ["a", "b"])
+
+    small = "jpeg-compressibility"
+    sizes = rewards_of("sum", small)
+    assert sizes[1] < sizes[0] - 0.1
+    gate = RewardSpec("jpeg-incompressibility", at_least=float(-sizes[1]))
+    assert rewards_of("sum", small, gate, rejected_score=-50.0).tolist() == [-50.0, sizes[1].item()]
+    turned = RewardSpec("jpeg-incompressibility", weight=-2.0)
+    both = torch.stack([sizes, 2 * sizes], 1)
+    assert torch.equal(rewards_of("pareto", small, turned), both)
+    both[0] = -50.0
+    assert torch.equal(rewards_of("pareto", small, turned, gate, rejected_score=-50.0), both)
+    conservative = rewards_of("uwo", small, turned, coefficient=3.0)
+    torch.testing.assert_close(conservative, 1.5 * sizes - 3.0 * (0.5 * sizes).square())
+
+
 def test_step_weights_even_out_the_steps(online):
     trainer = online(step_weight="inverse_kl", max_train_steps=1)
     trainer.train()
@@ -517,6 +543,16 @@ def test_other_settings_do_not_go_into_one_folder(sampled):
     config, _ = sampled
     with pytest.raises(UserError, match="sampled with another sample_guidance"):
         run_rollout(replace(config, sample_guidance=4.0))
+
+
+def test_trajectories_without_noise_are_not_sampled_in_vain(tmp_path, model_folder):
+    """People would vote on images that nothing can be learnt from."""
+    config = RolloutConfig(
+        model=str(model_folder), output_dir=str(tmp_path / "rollout"), transition_options={"eta": 0.0}
+    )
+    (tmp_path / "prompts.txt").write_text("a red star")
+    with pytest.raises(UserError, match=r"none of the 20 steps adds noise .* ddim with eta above 0"):
+        run_rollout(replace(config, dataset_name=str(tmp_path / "prompts.txt")))
 
 
 def test_votes_on_other_images_are_refused(online, sampled):

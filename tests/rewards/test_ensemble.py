@@ -88,6 +88,17 @@ def test_gates_reject_and_have_no_gradient(images):
     assert torch.equal(images.grad[:, 0].abs().sum((1, 2)) > 0, passed)
 
 
+def test_vectors_are_weighted_and_gated(images):
+    bar = float(images[:, 1].mean((1, 2)).median())
+    members = [Member(Channel(0), 2.0), Member(Channel(1), at_least=bar), Member(Channel(2), -1.0)]
+    reward = Ensemble(members, rejected_score=-3.0)
+    found = reward.weighted(reward.parts(images, ["x"] * 6))
+    mean = images.mean((2, 3))
+    wanted = torch.stack([2 * mean[:, 0], -mean[:, 2]])
+    wanted[:, mean[:, 1] < bar] = -3.0
+    torch.testing.assert_close(found, wanted)
+
+
 def test_parts_are_named_and_combine_to_the_score(images):
     reward = Ensemble([Member(Channel(0)), Member(Channel(0), 2.0), Member(Channel(2))])
     parts = reward.parts(images, ["x"] * 6)
@@ -115,6 +126,8 @@ def test_specs_and_names_load_the_same(clip_folder, images):
     assert both.name == "wco(clip, pickscore)"
     clip, pick = (load_reward(name, clip_folder).score(images, ["a"] * 6) for name in ("clip", "pickscore"))
     torch.testing.assert_close(both.score(images, ["a"] * 6), torch.minimum(0.5 * clip, pick))
+    pil = load_rewards([RewardSpec("clip", str(clip_folder), options={"preprocess": "pil"}), spec])
+    assert [m.reward.preprocess for m in pil.members] == ["pil", "tensor"]
     single = load_rewards([f"clip={clip_folder}"])
     assert single.name == "clip"
     assert torch.equal(single.score(images, ["a"] * 6), clip)
