@@ -50,42 +50,17 @@ COMMANDS: dict[str, Command] = {
         "Diffusion-DPO on preference pairs, LoRA or full",
         "diffalign train diffusion-dpo --config configs/train/diffusion_dpo_playground.yaml --beta_dpo 2000",
     ),
-    "calibrate ems": Command(
-        "diffalign.calibrate.ems:CalibrateEMSConfig",
-        "diffalign.calibrate.ems:run",
-        "estimate DPM-Solver-v3's statistics for a pipeline",
-        "diffalign calibrate ems --model playground/sd --guidance_scale 4 --intervals 60 --samples 32",
-    ),
-    "calibrate plan": Command(
-        "diffalign.calibrate.plan:CalibratePlanConfig",
-        "diffalign.calibrate.plan:run",
-        "fit a sampler to a pipeline: times and weights of every step",
-        "diffalign calibrate plan --model playground/sd --num_inference_steps 5 8 --guidance_scale 4",
-    ),
-    "calibrate timesteps": Command(
-        "diffalign.calibrate.timesteps:CalibrateTimestepsConfig",
-        "diffalign.calibrate.timesteps:run",
-        "search the times at which a solver asks a pipeline's network",
-        "diffalign calibrate timesteps --model playground/sd --solver unipc --num_inference_steps 5 "
-        "--guidance_scale 4",
-    ),
-    "calibrate schedule": Command(
-        "diffalign.calibrate.schedule:CalibrateScheduleConfig",
-        "diffalign.calibrate.schedule:run",
-        "search how each step of a pipeline's sampler is made: order, form, derivatives, corrector",
-        "diffalign calibrate schedule --model playground/sd --num_inference_steps 5 --guidance_scale 4",
-    ),
-    "calibrate dc": Command(
-        "diffalign.calibrate.dc:CalibrateDCConfig",
-        "diffalign.calibrate.dc:run",
-        "find DC-Solver's compensation ratios for a pipeline",
-        "diffalign calibrate dc --model playground/sd --num_inference_steps 5 8 --guidance_scale 5",
-    ),
     "train dcpo": Command(
         "diffalign.trainers.dcpo:DCPOConfig",
         "diffalign.trainers.dcpo:run",
         "DCPO: Diffusion-DPO with a caption of its own for each image",
         "diffalign train dcpo --pretrained_model_name_or_path playground/sd --dataset_name captioned_pairs/",
+    ),
+    "train mapo": Command(
+        "diffalign.trainers.mapo:MaPOConfig",
+        "diffalign.trainers.mapo:run",
+        "MaPO on preference pairs: no reference model",
+        "diffalign train mapo --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
     ),
     "train flow-dpo": Command(
         "diffalign.trainers.flow_dpo:FlowDPOConfig",
@@ -93,26 +68,56 @@ COMMANDS: dict[str, Command] = {
         "Flow-DPO: Diffusion-DPO for flow models, SD3, Flux and video",
         "diffalign train flow-dpo --config configs/train/flow_dpo_sd3.yaml --dataset_name my_pairs/",
     ),
+    "train list-dpo": Command(
+        "diffalign.trainers.list_dpo:ListDPOConfig",
+        "diffalign.trainers.list_dpo:run",
+        "DPO on lists of scored images of one prompt: rankings, soft targets",
+        "diffalign train list-dpo --pretrained_model_name_or_path playground/sd --dataset_name scored_lists/ "
+        "--list_length 4",
+    ),
+    "train sft": Command(
+        "diffalign.trainers.sft:SFTConfig",
+        "diffalign.trainers.sft:run",
+        "fine-tuning on the chosen images of preference pairs, the baseline",
+        "diffalign train sft --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    ),
+    "train diffusion-kto": Command(
+        "diffalign.trainers.kto:DiffusionKTOConfig",
+        "diffalign.trainers.kto:run",
+        "Diffusion-KTO on images that were judged one by one, good or bad",
+        "diffalign train diffusion-kto --pretrained_model_name_or_path playground/sd --dataset_name judged/",
+    ),
+    "train flow-rwr": Command(
+        "diffalign.trainers.flow_rwr:FlowRWRConfig",
+        "diffalign.trainers.flow_rwr:run",
+        "Flow-RWR: fine-tuning on scored images, better ones counting for more",
+        "diffalign train flow-rwr --config configs/train/flow_rwr_sd3.yaml --dataset_name scored/ --tau 0.5",
+    ),
+    "train seppo": Command(
+        "diffalign.trainers.seppo:SePPOConfig",
+        "diffalign.trainers.seppo:run",
+        "SePPO: good images alone, against samples of the model's earlier selves",
+        "diffalign train seppo --pretrained_model_name_or_path playground/sd --dataset_name good_images/",
+    ),
+    "train ddo": Command(
+        "diffalign.trainers.ddo:DDOConfig",
+        "diffalign.trainers.ddo:run",
+        "DDO: real images against the model's own samples, the likelihood ratio as discriminator",
+        "diffalign train ddo --pretrained_model_name_or_path playground/sd --dataset_name real_images/",
+    ),
+    "train pso-offline": Command(
+        "diffalign.trainers.pso:PSOOfflineConfig",
+        "diffalign.trainers.pso:run_offline",
+        "teach a few-step distilled model a subject or style from pairs",
+        "diffalign train pso-offline --pretrained_model_name_or_path models/sdxl-turbo "
+        "--dataset_name targets_and_samples/",
+    ),
     "train d3po": Command(
         "diffalign.trainers.d3po:D3POConfig",
         "diffalign.trainers.d3po:run",
         "learn from comparisons of one's own samples",
         "diffalign train d3po --pretrained_model_name_or_path playground/sd --dataset_name prompts.txt "
         "--rewards '[playground/scorer]'",
-    ),
-    "train step-aware": Command(
-        "diffalign.trainers.step_aware:StepAwareConfig",
-        "diffalign.trainers.step_aware:run",
-        "a preference model that judges what is predicted at noisy times, for spo",
-        "diffalign train step-aware --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/ "
-        "--reward_model playground/scorer",
-    ),
-    "train latent-reward": Command(
-        "diffalign.trainers.latent_reward:LatentRewardConfig",
-        "diffalign.trainers.latent_reward:run",
-        "a small reward of noisy latents, for guidance by it (Flow-NRG)",
-        "diffalign train latent-reward --pretrained_model_name_or_path playground/flow "
-        "--dataset_name my_scored/",
     ),
     "train spo": Command(
         "diffalign.trainers.spo:SPOConfig",
@@ -127,13 +132,6 @@ COMMANDS: dict[str, Command] = {
         "align a few-step distilled model on its own samples",
         "diffalign train pso --pretrained_model_name_or_path models/sdxl-turbo --dataset_name prompts.txt "
         "--rewards '[pickscore=models/PickScore_v1]'",
-    ),
-    "train pso-offline": Command(
-        "diffalign.trainers.pso:PSOOfflineConfig",
-        "diffalign.trainers.pso:run_offline",
-        "teach a few-step distilled model a subject or style from pairs",
-        "diffalign train pso-offline --pretrained_model_name_or_path models/sdxl-turbo "
-        "--dataset_name targets_and_samples/",
     ),
     "train ddpo": Command(
         "diffalign.trainers.ddpo:DDPOConfig",
@@ -163,48 +161,19 @@ COMMANDS: dict[str, Command] = {
         "diffalign train flow-rwr-online --pretrained_model_name_or_path models/stable-diffusion-3.5-medium "
         "--dataset_name prompts.txt --rewards '[pickscore=models/PickScore_v1]' --tau 0.5",
     ),
-    "train flow-rwr": Command(
-        "diffalign.trainers.flow_rwr:FlowRWRConfig",
-        "diffalign.trainers.flow_rwr:run",
-        "Flow-RWR: fine-tuning on scored images, better ones counting for more",
-        "diffalign train flow-rwr --config configs/train/flow_rwr_sd3.yaml --dataset_name scored/ --tau 0.5",
+    "train step-aware": Command(
+        "diffalign.trainers.step_aware:StepAwareConfig",
+        "diffalign.trainers.step_aware:run",
+        "a preference model that judges what is predicted at noisy times, for spo",
+        "diffalign train step-aware --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/ "
+        "--reward_model playground/scorer",
     ),
-    "train list-dpo": Command(
-        "diffalign.trainers.list_dpo:ListDPOConfig",
-        "diffalign.trainers.list_dpo:run",
-        "DPO on lists of scored images of one prompt: rankings, soft targets",
-        "diffalign train list-dpo --pretrained_model_name_or_path playground/sd --dataset_name scored_lists/ "
-        "--list_length 4",
-    ),
-    "train mapo": Command(
-        "diffalign.trainers.mapo:MaPOConfig",
-        "diffalign.trainers.mapo:run",
-        "MaPO on preference pairs: no reference model",
-        "diffalign train mapo --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
-    ),
-    "train diffusion-kto": Command(
-        "diffalign.trainers.kto:DiffusionKTOConfig",
-        "diffalign.trainers.kto:run",
-        "Diffusion-KTO on images that were judged one by one, good or bad",
-        "diffalign train diffusion-kto --pretrained_model_name_or_path playground/sd --dataset_name judged/",
-    ),
-    "train seppo": Command(
-        "diffalign.trainers.seppo:SePPOConfig",
-        "diffalign.trainers.seppo:run",
-        "SePPO: good images alone, against samples of the model's earlier selves",
-        "diffalign train seppo --pretrained_model_name_or_path playground/sd --dataset_name good_images/",
-    ),
-    "train ddo": Command(
-        "diffalign.trainers.ddo:DDOConfig",
-        "diffalign.trainers.ddo:run",
-        "DDO: real images against the model's own samples, the likelihood ratio as discriminator",
-        "diffalign train ddo --pretrained_model_name_or_path playground/sd --dataset_name real_images/",
-    ),
-    "train sft": Command(
-        "diffalign.trainers.sft:SFTConfig",
-        "diffalign.trainers.sft:run",
-        "fine-tuning on the chosen images of preference pairs, the baseline",
-        "diffalign train sft --pretrained_model_name_or_path playground/sd --dataset_name my_pairs/",
+    "train latent-reward": Command(
+        "diffalign.trainers.latent_reward:LatentRewardConfig",
+        "diffalign.trainers.latent_reward:run",
+        "a small reward of noisy latents, for guidance by it (Flow-NRG)",
+        "diffalign train latent-reward --pretrained_model_name_or_path playground/flow "
+        "--dataset_name my_scored/",
     ),
     "rollout": Command(
         "diffalign.rollout:RolloutConfig",
@@ -271,6 +240,37 @@ COMMANDS: dict[str, Command] = {
         "diffalign.playground.build:run",
         "train the playground models from nothing",
         "diffalign playground build sd --output_dir outputs/playground",
+    ),
+    "calibrate dc": Command(
+        "diffalign.calibrate.dc:CalibrateDCConfig",
+        "diffalign.calibrate.dc:run",
+        "find DC-Solver's compensation ratios for a pipeline",
+        "diffalign calibrate dc --model playground/sd --num_inference_steps 5 8 --guidance_scale 5",
+    ),
+    "calibrate ems": Command(
+        "diffalign.calibrate.ems:CalibrateEMSConfig",
+        "diffalign.calibrate.ems:run",
+        "estimate DPM-Solver-v3's statistics for a pipeline",
+        "diffalign calibrate ems --model playground/sd --guidance_scale 4 --intervals 60 --samples 32",
+    ),
+    "calibrate plan": Command(
+        "diffalign.calibrate.plan:CalibratePlanConfig",
+        "diffalign.calibrate.plan:run",
+        "fit a sampler to a pipeline: times and weights of every step",
+        "diffalign calibrate plan --model playground/sd --num_inference_steps 5 8 --guidance_scale 4",
+    ),
+    "calibrate timesteps": Command(
+        "diffalign.calibrate.timesteps:CalibrateTimestepsConfig",
+        "diffalign.calibrate.timesteps:run",
+        "search the times at which a solver asks a pipeline's network",
+        "diffalign calibrate timesteps --model playground/sd --solver unipc --num_inference_steps 5 "
+        "--guidance_scale 4",
+    ),
+    "calibrate schedule": Command(
+        "diffalign.calibrate.schedule:CalibrateScheduleConfig",
+        "diffalign.calibrate.schedule:run",
+        "search how each step of a pipeline's sampler is made: order, form, derivatives, corrector",
+        "diffalign calibrate schedule --model playground/sd --num_inference_steps 5 --guidance_scale 4",
     ),
     "bench samplers": Command(
         "diffalign.bench.samplers_report:SamplersConfig",
@@ -349,16 +349,24 @@ def _dispatch(args: list[str]) -> int:
         return 0 if "-h" in args or "--help" in args else 2
     wanted = " ".join(words) if members else group
     known = members or sorted({name.split()[0] for name in COMMANDS})
-    raise UserError(f"unknown command {wanted!r}{suggestion(wanted, known)} (known: {', '.join(known)})")
+    # `train dpo` is spelt nearly as `train ddpo` and means `train diffusion-dpo`; `check` is `data check`.
+    has = [name for name in members or COMMANDS if wanted.split()[-1] in re.split("[ -]", name)][:3]
+    near = f"; did you mean {' or '.join(map(repr, has))}?" if has else suggestion(wanted, known)
+    raise UserError(f"unknown command {wanted!r}{near} (known: {', '.join(known)})")
 
 
 def _overview(names: list[str]) -> str:
     width = max(len(name) for name in names)
-    rows = "\n".join(f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names)
+    groups = [name.split()[0] for name in names]
+    rows = ""
+    for last, group, name in zip([groups[0], *groups], groups, names, strict=False):
+        if group != last and max(groups.count(group), groups.count(last)) > 1:
+            rows += "\n"
+        rows += f"  {name:<{width}}  {COMMANDS[name].summary}\n"
     example = COMMANDS[names[0]].example
     return (
         "usage: diffalign <command> [options]\n\n"
-        f"commands:\n{rows}\n\n"
+        f"commands:\n{rows}\n"
         "Every command takes --help, --config FILE.yaml, --print_config and --debug.\n"
         f"example:\n  {example}"
     )
@@ -476,7 +484,10 @@ def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
             return f"--{name}: unknown setting {setting!r}{nearest} (known: {', '.join(known)})"
     if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text):
         name = found.group(1) or found.group(2)
-        nearest = suggestion(f"--{name}", [f"--{known}" for known in hints])
+        same = [known for names in _SAME if name in names for known in names if known in hints]
+        nearest = (
+            f"; did you mean '--{same[0]}'?" if same else suggestion(f"--{name}", [f"--{k}" for k in hints])
+        )
         return f"unknown option --{name}{nearest} ('{prog} --help' lists all)"
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         return f"unexpected argument {found.group(1)!r}: options are written --name value{more}"
@@ -493,6 +504,29 @@ def _one_sentence(message: str, hints: dict[str, Any], prog: str) -> str:
         return f"option {found.group(1)} needs a value{more}"
     return text + more
 
+
+# Names of one thing, here and in diffusers, peft and TRL: whoever writes one is told the one that is meant.
+_SAME: tuple[tuple[str, ...], ...] = (
+    ("pretrained_model_name_or_path", "model", "model_name_or_path", "model_id"),
+    ("dataset_name", "dataset", "train_data_dir"),
+    ("solver", "solvers", "scheduler", "sampler"),
+    ("steps", "num_inference_steps"),
+    ("guidance", "guidance_scale"),
+    ("prompts", "prompt"),
+    ("seeds", "seed"),
+    ("max_train_steps", "max_steps", "num_train_epochs"),
+    ("train_batch_size", "batch_size", "per_device_train_batch_size"),
+    ("checkpointing_steps", "save_steps"),
+    ("checkpoints_total_limit", "save_total_limit"),
+    ("validation_steps", "eval_steps"),
+    ("lr_scheduler", "lr_scheduler_type"),
+    ("lr_warmup_steps", "warmup_steps"),
+    ("mixed_precision", "fp16", "bf16"),
+    ("rank", "lora_rank", "lora_r", "lora_alpha"),
+    ("lora_targets", "target_modules", "lora_target_modules"),
+    ("init_lora", "lora"),
+    ("beta_dpo", "beta"),
+)
 
 _KINDS: dict[Any, str] = {
     int: "a whole number",

@@ -242,6 +242,8 @@ def test_torch_out_of_memory_is_recognised():
     [
         (["demmo"], ["unknown command 'demmo'", "did you mean 'demo'?"]),
         (["train", "difusion-dpo"], ["unknown command 'train difusion-dpo'", "'train diffusion-dpo'?"]),
+        (["train", "dpo"], ["did you mean 'train diffusion-dpo' or 'train flow-dpo'"]),
+        (["check"], ["did you mean 'data check'?"]),
         (["zzzzzz"], ["known: "]),
     ],
 )
@@ -249,6 +251,17 @@ def test_unknown_commands_are_named(capsys, args, parts):
     assert cli.main(args) == 2
     shown = capsys.readouterr().err
     assert all(part in shown for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("sample", range(2, 7)), ("train diffusion-dpo", (0, 1, *range(7, len(cli._SAME))))],
+)
+def test_names_of_diffusers_and_trl_lead_to_ours(capsys, command, names):
+    for ours, *others in (cli._SAME[i] for i in names):
+        for other in others:
+            assert cli.main([*command.split(), f"--{other}", "1"]) == 2
+            assert f"unknown option --{other}; did you mean '--{ours}'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("args", "code"), [(["--help"], 0), ([], 2), (["bench"], 2), (["bench", "-h"], 0)])
