@@ -37,7 +37,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError | RunFailed):
         return text, error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was saved before is kept", 130
+        return f"interrupted; {text or 'what was saved before is kept'}", 130
     code, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     where = repr(str(file)) if file else "the output folder"
     # safetensors and torch wrap a full disk in errors of their own, so the words are looked at as well.

@@ -259,6 +259,11 @@ class Trainer(ABC, Generic[C]):
                     if self._tired(metrics):
                         end = step + 1
                         break
+        except KeyboardInterrupt as stop:
+            last = checkpoint.checkpoints(self.folder)
+            go_on = "--resume_from_checkpoint latest goes on from"
+            way = f"{go_on} {last[-1].name}" if last else "there is no checkpoint yet"
+            raise KeyboardInterrupt(way) from stop
         finally:
             if log:
                 log.close()

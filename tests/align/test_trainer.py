@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import losses
 from diffalign.data import PairDataset, open_pairs, write_pairs
-from diffalign.errors import RunFailed, UserError
+from diffalign.errors import RunFailed, UserError, describe
 from diffalign.likelihood import Errors, add_noise, evaluate
 from diffalign.losses import LOSSES
 from diffalign.models import ModelAdapter
@@ -211,6 +211,24 @@ def test_the_reference_computed_beforehand_equals_the_live_one(trainer, options)
             live = evaluate(run.adapter.denoise, noised, batch.cond).reference
         torch.testing.assert_close(run._reference_errors(batch), live, rtol=1e-5, atol=1e-6)
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("every", "way"), [(1, "latest goes on from checkpoint-2"), (5, "no checkpoint yet")]
+)
+def test_an_interrupted_run_says_where_it_goes_on(trainer, monkeypatch, every, way):
+    run = trainer("run", max_train_steps=5, checkpointing_steps=every)
+    step = DiffusionDPOTrainer._optimiser_step
+
+    def interrupted(self, at):
+        if at == 2:
+            raise KeyboardInterrupt
+        return step(self, at)
+
+    monkeypatch.setattr(DiffusionDPOTrainer, "_optimiser_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=way) as caught:
+        run.train()
+    assert describe(caught.value)[0].startswith("interrupted; ")
 
 
 @pytest.fixture
