@@ -42,10 +42,11 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## samplers, step cost and training cost on this machine; leaves outputs/bench
+bench: $(STAMP) ## samplers, cost of steps, training and rollouts on this machine; leaves outputs/bench
 	$(BIN)/diffalign bench samplers --output_dir $(OUT)/bench/samplers --overwrite
 	$(BIN)/diffalign bench step --output_dir $(OUT)/bench/step --overwrite
 	$(BIN)/diffalign bench train --output_dir $(OUT)/bench/train --overwrite
+	$(BIN)/diffalign bench rollout --output_dir $(OUT)/bench/rollout --overwrite
 
 gpu-check: $(STAMP) ## the tests and benchmarks that need a GPU; writes docs/benchmarks/gpu.md
 	$(BIN)/python -m diffalign.bench.gpu

@@ -208,7 +208,7 @@ COMMANDS: dict[str, Command] = {
     "data score": Command(
         "diffalign.score:ScoreConfig",
         "diffalign.score:run",
-        "score both images of every pair with rewards",
+        "score both images of every pair, or single images, with rewards ('diffalign score' for short)",
         "diffalign data score --dataset my_pairs/ --output_dir scored --rewards playground/scorer",
     ),
     "data caption": Command(
@@ -308,7 +308,17 @@ COMMANDS: dict[str, Command] = {
         "cost of a DPO step against plain fine-tuning of the same images",
         "diffalign bench train --networks tiny --train lora --repeats 10",
     ),
+    "bench rollout": Command(
+        "diffalign.bench.rollout:BenchRolloutConfig",
+        "diffalign.bench.rollout:run",
+        "cost of sampling with all states kept against the plain pipeline",
+        "diffalign bench rollout --model playground/sd --guidance 5 --batch_sizes 8 --repeats 3",
+    ),
 }
+
+
+#: Other names of commands.
+ALIASES = {"score": "data score"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -337,6 +347,8 @@ def _dispatch(args: list[str]) -> int:
 
         print(f"diffalign {__version__}")
         return 0
+    if args and args[0] in ALIASES:
+        args = [*ALIASES[args[0]].split(), *args[1:]]
     words = [a for a in args[:2] if not a.startswith("-")]
     for length in (2, 1):
         name = " ".join(words[:length])

@@ -15,6 +15,7 @@ from diffalign.bench.comparison import Row
 from diffalign.bench.networks import SD_SCHEDULER, UNETS, tiny_pipeline
 from diffalign.bench.record import command_line
 from diffalign.bench.reference import converge, ladder, relative_errors
+from diffalign.bench.rollout import LIMIT, WAYS, BenchRolloutConfig, compare_rollouts, make_ways
 from diffalign.bench.samplers import (
     compare_on_mixture,
     compare_samplers,
@@ -30,6 +31,7 @@ from diffalign.bench.train import LIMITS, METHODS, BenchTrainConfig, count, make
 from diffalign.bench.train import run as run_train
 from diffalign.bench.trajectory import predicted_images
 from diffalign.errors import RunFailed, UserError
+from diffalign.models import load_adapter
 from diffalign.pipelines.generate import Samples, count_evaluations, denoiser, generate
 from diffalign.solvers import SOLVERS, GaussianMixture, NoiseSchedule, sample
 
@@ -711,3 +713,29 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
     assert gpu.main(tmp_path) == 0
     assert "no CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------- rollouts
+
+
+def test_rollouts_are_held_against_as_much_work_of_the_pipeline(pipe):
+    adapter = load_adapter(pipe)
+    scheduler = pipe.scheduler
+    config = BenchRolloutConfig(steps=3, guidance=[1.0, 3.0], batch_sizes=[2], images=3, repeats=1)
+    rows = compare_rollouts(adapter, config)
+    assert [(row["guidance"], row["way"]) for row in rows] == [(g, way) for g in (1.0, 3.0) for way in WAYS]
+    assert {row["evaluations"] for row in rows} == {6}  # two batches of three steps
+    assert [row["limit"] for row in rows[:3]] == [None, LIMIT, LIMIT]
+    assert rows[0]["time"] == rows[3]["time"] == 1.0
+    images = [way() for way in make_ways(adapter, config, 3.0, 2).values()]
+    assert torch.equal(images[1], images[2])
+    assert images[0].shape == images[1].shape
+    assert 0 <= images[0].min() < images[0].max() <= 1
+    assert pipe.scheduler is scheduler
+
+
+def test_a_rollout_benchmark_of_nothing_is_refused():
+    with pytest.raises(UserError, match="--repeats must be at least 1, not 0"):
+        BenchRolloutConfig(repeats=0)
+    with pytest.raises(UserError, match="--batch_sizes need a value, sizes of 1 or more"):
+        BenchRolloutConfig(batch_sizes=[0])

@@ -41,6 +41,7 @@ def load(code: str, name: str) -> types.ModuleType:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_parse(page):
     for words in commands(page.read_text()):
+        words[1:2] = cli.ALIASES.get(words[1], words[1]).split()
         name = next((" ".join(words[1:n]) for n in (3, 2) if " ".join(words[1:n]) in cli.COMMANDS), None)
         if name is None:  # a group such as `diffalign bench`, or `diffalign --help`
             assert words[1].startswith("--") or any(c.split()[0] == words[1] for c in cli.COMMANDS), words
