@@ -1,4 +1,4 @@
-"""``diffalign data score``: what a reward thinks of both images of every pair."""
+"""``diffalign data score``: what a reward thinks of both images of every pair, or of single images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 
-from diffalign.data.convert import CopyConfig, copy
+from diffalign.data.convert import CopyConfig, copy, team
 from diffalign.data.pairs import Pair
+from diffalign.data.rows import Selection
+from diffalign.data.scored import open_unscored
+from diffalign.data.unpaired import LabelledImage
+from diffalign.data.write import LISTS, check_target
 from diffalign.errors import UserError
 from diffalign.rewards import Aggregate, Ensemble, Member, Reward, RewardSpec, load_rewards, score_images
 from diffalign.rewards.preprocess import Preprocess
@@ -19,6 +23,8 @@ class ScoreConfig(CopyConfig):
     """Score both images of every pair and write a copy with score_chosen and score_rejected.
 
     Read it with selection.label_by=scores and the better score wins; selection.margin asks for a difference.
+    Of single images with prompts, and of lists without scores, a folder of lists is written: the images of
+    each prompt with their scores, for flow-rwr, list-dpo and all that learns from pairs.
 
     Attributes:
         rewards: what scores: names, with the path of the weights after an equals sign where a reward has
@@ -75,15 +81,32 @@ def add_scores(
     return [pair if agree else None for pair, agree in zip(labelled, agreed, strict=True)]
 
 
+def add_image_scores(
+    images: list[LabelledImage], reward: Reward, *, batch_size: int = 32
+) -> list[LabelledImage]:
+    """The images with a score each."""
+    scores = score_images(
+        reward, [i.image for i in images], [i.prompt for i in images], batch_size=batch_size
+    )
+    return [replace(image, score=float(score)) for image, score in zip(images, scores, strict=True)]
+
+
 def run(config: ScoreConfig) -> Path:
     """The command ``diffalign data score``; returns the folder.
 
     Raises:
-        UserError: pairs, rewards or output folder can't be used.
+        UserError: pairs or images, rewards or output folder can't be used.
     """
     if config.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {config.batch_size}")
-    dataset = config.open()
+    team()  # before any model is loaded: each process has a device of its own
+    check_target(config.output_dir, config.overwrite)
+    images = open_unscored(
+        config.dataset, split=config.split, columns=config.columns, limit=config.limit, max_bad=config.max_bad
+    )
+    if images is not None:
+        _needs_no_pairs(config, images.source)
+    dataset = config.open() if images is None else images
     reward = load_rewards(
         config.rewards,
         aggregate=config.aggregate,
@@ -96,6 +119,15 @@ def run(config: ScoreConfig) -> Path:
         raise UserError("unanimous compares rewards: give two or more that are no gates and have a weight")
     decides = ("rewards", "aggregate", "coefficient", "rejected_score", "preprocess", "relabel", "unanimous")
     settings = {name: value for name, value in asdict(config).items() if name in decides}
+    if images is not None:
+        return copy(
+            config,
+            images,
+            lambda some: add_image_scores(some, reward, batch_size=config.batch_size),
+            settings,
+            "score",
+            LISTS,
+        )
     return copy(
         config,
         dataset,
@@ -109,6 +141,23 @@ def run(config: ScoreConfig) -> Path:
         settings,
         "score",
     )
+
+
+def _needs_no_pairs(config: ScoreConfig, source: str) -> None:
+    """Refuse options of pairs."""
+    plain = {
+        "format": "folder",
+        "ties": "soft",
+        "selection": Selection(),
+        "relabel": False,
+        "unanimous": False,
+    }
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"{name} is for pairs, but {source} holds images that nobody compared: they are written as a "
+                "folder with a list of images and scores for each prompt"
+            )
 
 
 def _relabelled(pair: Pair) -> Pair:

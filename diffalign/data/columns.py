@@ -123,6 +123,26 @@ def resolve_images(
     return roles | _roles(OPTIONAL, found, wanted)
 
 
+def resolve_unjudged(
+    source: str, found: Sequence[str], wanted: Mapping[str, str] | None = None
+) -> dict[str, str] | None:
+    """As :func:`resolve_images` for single images, or ``prompt``, ``images`` and those of `OPTIONAL` that are
+    there of lists without scores or ranks; None if `source` holds something else.
+
+    Raises:
+        UserError: as :func:`resolve`.
+    """
+    wanted = _checked(source, found, wanted)
+    if "image" in _roles(UNPAIRED.names, found, wanted):
+        return resolve_images(source, found, wanted)
+    roles, optional = _roles(LISTED.names, found, wanted), _roles(OPTIONAL, found, wanted)
+    pairs = [_roles(layout.names, found, wanted).keys() - {"prompt"} for layout in (CHOSEN, LABELLED)]
+    if "images" not in roles or "scores" in roles or "ranks" in optional or any(pairs):
+        return None
+    _refuse(source, found, LISTED, {"prompt"} - roles.keys())
+    return roles | optional
+
+
 def _checked(source: str, found: Sequence[str], wanted: Mapping[str, str] | None) -> dict[str, str]:
     for role, column in (wanted or {}).items():
         if role not in ROLES:

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from diffalign.data.examples import BadRow, reasons
-from diffalign.data.pairs import Pair, PairDataset, Ties, open_pairs
+from diffalign.data.examples import BadRow, Examples, reasons
+from diffalign.data.pairs import PairDataset, Ties, open_pairs
 from diffalign.data.rows import Selection
 from diffalign.data.write import FORMATS, SHARD_ROWS, Entry, Format, check_target, put_in_place
 from diffalign.errors import UserError
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=6)  # of a process that waits for others
 DECODED = 32  # pairs in memory at a time; at 1024 px they take 200 MB
-Annotate = Callable[[list[Pair]], Sequence[Pair | None]]
+Annotate = Callable[[list[Any]], Sequence[Any]]  # of pairs, or of single images
 
 
 @dataclass(kw_only=True)
@@ -85,10 +85,10 @@ class ConvertConfig(CopyConfig):
 
 
 def convert(
-    dataset: PairDataset,
+    dataset: Examples[Any, Any],
     folder: str | Path,
     *,
-    format: Format = "folder",
+    format: str = "folder",
     annotate: Annotate | None = None,
     settings: Mapping[str, Any] | None = None,
     shard_rows: int = SHARD_ROWS,
@@ -104,6 +104,8 @@ def convert(
     call goes on with those that are missing.
 
     Args:
+        dataset: pairs, or single images with scores.
+        format: folder, parquet or tar; of single images ``LISTS``, a folder with a list per prompt.
         annotate: adds to some pairs, swaps images (see :meth:`Pair.swapped`), or gives None for a pair that
             is left out; called with at most `DECODED` pairs of one shard.
         settings: what decides the result of `annotate`, as JSON values: an interrupted call with others
@@ -133,7 +135,7 @@ def convert(
         wait()
     shards = -(-len(dataset) // shard_rows)
     hidden = None if progress and not rank else True
-    bar = tqdm(total=len(dataset) // processes, desc=what, unit="pair", disable=hidden)
+    bar = tqdm(total=len(dataset) // processes, desc=what, unit=dataset.what, disable=hidden)
     written = 0
     for shard in range(rank, shards, processes):
         done = new / f".done-{shard:05d}"
@@ -149,7 +151,7 @@ def convert(
     written = sum(json.loads((new / f".done-{shard:05d}").read_text()) for shard in range(shards))
     if not written:
         why = reasons(dataset.skipped) or "all were left out"
-        raise UserError(f"no usable pair in {dataset.source}: {why}")
+        raise UserError(f"no usable {dataset.what} in {dataset.source}: {why}")
     finish(new, shards)
     put_in_place(new, folder)
     return written
@@ -164,21 +166,21 @@ def team() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
-def _entries(dataset: PairDataset, indices: range, annotate: Annotate | None) -> Iterator[Entry]:
+def _entries(dataset: Examples[Any, Any], indices: range, annotate: Annotate | None) -> Iterator[Entry]:
     """The good rows at `indices`, few of them decoded at a time."""
     for first in range(indices.start, indices.stop, DECODED):
         read = ((i, dataset.read(i), dataset.payloads(i)) for i in indices[first - indices.start :][:DECODED])
         good = [(i, pair, p) for i, pair, p in read if not isinstance(pair, BadRow) and p is not None]
         pairs = [pair for _, pair, _ in good]
-        annotated: Sequence[Pair | None] = annotate(pairs) if annotate and pairs else pairs
-        for (index, before, (chosen, rejected)), pair in zip(good, annotated, strict=True):
+        annotated: Sequence[Any] = annotate(pairs) if annotate and pairs else pairs
+        for (index, before, payloads), pair in zip(good, annotated, strict=True):
             if pair is None:
                 continue
             same = pair.digests == before.digests
-            yield Entry(index, pair, (chosen, rejected) if same else (rejected, chosen))
+            yield Entry(index, pair, payloads if same else payloads[::-1])
 
 
-def _partial(folder: Path, dataset: PairDataset, settings: dict[str, Any]) -> Path:
+def _partial(folder: Path, dataset: Examples[Any, Any], settings: dict[str, Any]) -> Path:
     """Where the shards of a set gather, with those that an earlier call of the same kind left."""
     new = folder.with_name(f".{folder.name}.partial")
     rows = hashlib.sha256()
@@ -208,17 +210,18 @@ def run(config: ConvertConfig) -> Path:
 
 def copy(
     config: CopyConfig,
-    dataset: PairDataset,
+    dataset: Examples[Any, Any],
     annotate: Annotate | None = None,
     settings: Mapping[str, Any] | None = None,
     what: str = "convert",
+    format: str | None = None,
 ) -> Path:
     """:func:`convert` with the options of a command, and a line about what was written."""
     processes = team()
     written = convert(
         dataset,
         config.output_dir,
-        format=config.format,
+        format=format or config.format,
         annotate=annotate,
         settings=settings,
         shard_rows=config.shard_rows,
@@ -234,5 +237,5 @@ def copy(
             return Path(config.output_dir)
     among = f" of {len(dataset):,}" if written < len(dataset) else ""
     left_out = f" (left out: {reasons(dataset.skipped)})" if dataset.skipped else ""
-    print(f"wrote {written:,} pairs{among} to {config.output_dir}{left_out}")
+    print(f"wrote {written:,} {dataset.what}s{among} to {config.output_dir}{left_out}")
     return Path(config.output_dir)

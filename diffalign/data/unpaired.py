@@ -29,6 +29,7 @@ class LabelledImage:
         image: RGB, upright.
         label: probability that it is a good one, 0 to 1; None where nobody judged.
         digest: SHA-256 of the encoded bytes.
+        score: how good it is, higher is better; None where nobody scored.
         clip: its frames, where the set was opened so (:meth:`ImageDataset.as_clips`).
     """
 
@@ -37,6 +38,7 @@ class LabelledImage:
     image: Image.Image
     label: float | None = None
     digest: str = ""
+    score: float | None = None
     clip: Clip | None = None
     prompts: tuple[str, ...] = ()
 
@@ -102,6 +104,7 @@ class ImageDataset(Examples[LabelledImage, ImageRow]):
             image=clip[0],
             label=row.label,
             digest=images.digest(payloads[0]),
+            score=row.score,
             clip=clip if self.frames else None,
         )
 

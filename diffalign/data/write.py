@@ -19,6 +19,7 @@ from PIL import Image
 from diffalign.data import images
 from diffalign.data.pairs import Pair
 from diffalign.data.tables import JSONL_NAMES
+from diffalign.data.unpaired import LabelledImage
 from diffalign.errors import UserError
 
 Format = Literal["folder", "parquet", "tar"]
@@ -28,11 +29,11 @@ _ROWS = ".rows-{:05d}.jsonl"  # of a folder that is being written
 
 
 class Entry(NamedTuple):
-    """One pair to write: its number in the whole set, and what both images are stored as."""
+    """One pair, or single image, to write: its number in the whole set, and what its images are stored as."""
 
     number: int
-    pair: Pair
-    payloads: tuple[bytes | Image.Image, bytes | Image.Image]
+    pair: Any
+    payloads: Sequence[bytes | Image.Image]
 
 
 def write_pairs(
@@ -204,6 +205,40 @@ def _finish_folder(folder: Path, shards: int) -> None:
         os.fsync(lines.fileno())
 
 
+def _write_images(
+    folder: Path, shard: int, entries: Iterable[Entry], prompt_counts: Mapping[str, int]
+) -> int:
+    (folder / "images").mkdir(exist_ok=True)
+    rows = []
+    for entry in entries:
+        image: LabelledImage = entry.pair
+        data, ending = encoded(entry.payloads[0])
+        file = f"images/{entry.number:06d}.{ending}"
+        (folder / file).write_bytes(data)
+        rows.append(json.dumps({"prompts": image.prompts, "image": file, "score": image.score}) + "\n")
+    (folder / _ROWS.format(shard)).write_text("".join(rows), encoding="utf-8")
+    return len(rows)
+
+
+def _finish_lists(folder: Path, shards: int) -> None:
+    """One list per prompt, of its images in their order."""
+    lists: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for shard in range(shards):
+        for line in (folder / _ROWS.format(shard)).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            lists.setdefault(tuple(row["prompts"]), []).append(row)
+    with (folder / JSONL_NAMES[0]).open("w", encoding="utf-8") as lines:
+        for prompts, rows in lists.items():
+            listed = {
+                "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
+                "images": [row["image"] for row in rows],
+                "scores": [row["score"] for row in rows],
+            }
+            lines.write(json.dumps(listed, ensure_ascii=False) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
 def _write_tar(folder: Path, shard: int, entries: Iterable[Entry], prompt_counts: Mapping[str, int]) -> int:
     count = 0
     with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:
@@ -302,8 +337,10 @@ def _nothing_to_finish(folder: Path, shards: int) -> None:
 
 WriteShard = Callable[[Path, int, Iterable[Entry], Mapping[str, int]], int]  # gives the rows written
 Finish = Callable[[Path, int], None]
+LISTS = "lists"  # of single images with scores; the others are of pairs
 FORMATS: dict[str, tuple[WriteShard, Finish]] = {
     "folder": (_write_folder, _finish_folder),
     "parquet": (_write_parquet, _nothing_to_finish),
     "tar": (_write_tar, _nothing_to_finish),
+    LISTS: (_write_images, _finish_lists),
 }
