@@ -21,7 +21,7 @@ def prepare(folder: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not overwrite and any(path.iterdir()):
+        if not overwrite and any(not _left_over(file.name) for file in path.iterdir()):
             raise UserError(
                 f"output folder {str(path)!r} is not empty; add --overwrite or choose another --output_dir"
             )
@@ -33,6 +33,11 @@ def prepare(folder: str | Path, *, overwrite: bool = False) -> Path:
     except PermissionError as error:
         raise UserError(f"no permission to write to {str(path)!r}; choose another --output_dir") from error
     return path
+
+
+def _left_over(name: str) -> bool:
+    """Whether a file is one of ours that a killed process left."""
+    return name.startswith(".write-") or (name.startswith(".") and name.endswith(".part"))
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def run(config: RolloutConfig) -> Path:
     config.check_sampler()
     if not config.dataset_name:
         raise UserError("no prompts to sample: give --dataset_name prompts.txt")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "rollout runs in one process: give each device its own part of the prompts and its own output_dir"
+        )
     folder = Path(config.output_dir).expanduser()
     prepare(folder, overwrite=(folder / "rollout.json").is_file())
 

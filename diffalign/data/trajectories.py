@@ -73,12 +73,13 @@ def start(folder: Path, settings: Mapping[str, Any]) -> set[str]:
     Raises:
         UserError: it was sampled in another way.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / SETTINGS).is_file():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        (folder / "trajectories").mkdir(exist_ok=True)
+        write_json(folder / SETTINGS, dict(settings))  # first: what is cut off is known by it
+    for name in ("images", "trajectories"):
+        (folder / name).mkdir(exist_ok=True)
+    if not (folder / METADATA).is_file():
         write_text(folder / METADATA, "")
-        write_json(folder / SETTINGS, dict(settings))
-        return set()
     found = Trajectories(folder)
     wanted = json.loads(json.dumps(dict(settings)))
     other = [name for name, value in wanted.items() if found.settings.get(name) != value]

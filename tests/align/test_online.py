@@ -1,6 +1,7 @@
 """Learning from one's own samples: rollouts, rounds, D3PO and policy gradients on a tiny model."""
 
 import json
+import os
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,11 +22,13 @@ from diffalign.likelihood import Transition
 from diffalign.models import load_adapter
 from diffalign.pipelines.generate import generate
 from diffalign.pipelines.guidance import guidance_for
+from diffalign.pipelines.load import load_pipeline
 from diffalign.pipelines.rollout import RowNoise, decoded, rollout, sampling_times
 from diffalign.rewards import RewardSpec
 from diffalign.rollout import RolloutConfig
 from diffalign.rollout import run as run_rollout
 from diffalign.solvers import DDIMScheduler
+from diffalign.trainers import checkpoint
 from diffalign.trainers.d3po import D3POConfig, D3POTrainer
 from diffalign.trainers.ddpo import DDPOConfig, DDPOTrainer
 from diffalign.trainers.groups import (
@@ -39,6 +42,7 @@ from diffalign.trainers.groups import (
 from diffalign.trainers.online import ROUND, Members
 from tests.align import families
 from tests.align.goldens import load_online as load
+from tests.align.test_kill import at_operation, fork
 from tests.align.test_resume import LORA, records, run
 
 PROMPTS = [f"picture {i}" for i in range(8)]
@@ -317,6 +321,32 @@ def test_resuming_in_the_middle_of_a_round_is_bit_identical(online, method):
     assert records(whole) == records(cut.folder)
 
 
+def test_killed_while_rounds_are_written(online, tmp_path):
+    """One operation on files further each time, to the end: a checkpoint's round is whole or not there."""
+    options = {"max_train_steps": 4, "images_per_prompt": 4, "inner_epochs": 2, "train_batch_size": 5}
+    options |= {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    whole = online(name="whole", **options).train().output_dir
+    folder, number, kills = tmp_path / "killed", 3, 0
+    while True:
+
+        def work(number=number):
+            run = online(name="killed", resume_from_checkpoint="auto", **options)
+            at_operation(number, folder)
+            run.train()
+
+        _, status = os.waitpid(fork(work), 0)
+        for path in checkpoint.checkpoints(folder):
+            assert load_file(path / ROUND)["states"].isfinite().all()
+        if os.WIFEXITED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        kills, number = kills + 1, number + 16
+    assert kills > 3
+    wanted, got = load_file(whole / LORA), load_file(folder / LORA)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert records(whole) == records(folder)
+
+
 def test_two_processes_give_the_result_of_one(tmp_path, model_folder):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -523,6 +553,37 @@ def test_a_rollout_that_was_cut_off_goes_on(sampled):
     again = Trajectories(folder)
     assert [len(images) for images in again.images.values()] == [3, 3, 3]
     assert all(torch.equal(again.states(prompt), states[prompt]) for prompt in states)
+
+
+def test_a_rollout_is_killed_between_any_two_operations_on_files(sampled, tmp_path, monkeypatch):
+    config, whole = sampled
+    pipe = load_pipeline(config.model)
+    monkeypatch.setattr("diffalign.pipelines.load.load_pipeline", lambda *_, **__: pipe)
+    folder, number, kills = tmp_path / "killed", 1, 0
+    again = replace(config, output_dir=str(folder))
+    while True:
+
+        def work(number=number):
+            at_operation(number, folder)
+            run_rollout(again)
+
+        _, status = os.waitpid(fork(work), 0)
+        if os.WIFEXITED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        kills, number = kills + 1, number + 1
+    assert kills > 8
+    one, two = Trajectories(whole), Trajectories(folder)
+    assert one.images == two.images
+    for prompt, images in one.images.items():
+        assert torch.equal(one.states(prompt), two.states(prompt))
+        assert [(whole / i).read_bytes() for i in images] == [(folder / i).read_bytes() for i in images]
+
+
+def test_a_rollout_of_several_processes_is_refused(sampled, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="rollout runs in one process"):
+        run_rollout(sampled[0])
 
 
 @pytest.mark.parametrize(
