@@ -170,6 +170,10 @@ def test_a_sampler_that_cannot_be_so_cheap_is_skipped():
     assert [row.sampler for row in result.rows] == ["ddim"]
     (skipped,) = result.skipped
     assert skipped.startswith(f"{names[0]}, 5 evaluations: ")
+    head, _, row, *notes = repr(result).splitlines()
+    assert head == "| sampler | guidance | steps | nfe | error | error_median |"
+    assert row.startswith("| ddim | ")
+    assert notes == [skipped]
 
 
 def test_more_evaluations_than_announced_are_an_error(pipe):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.bench.record import markdown
 from diffalign.bench.reference import Reference
 
 
@@ -69,7 +70,7 @@ class Row:
         return {name.removeprefix(prefix): self.mean(name) for name in self.values if name.startswith(prefix)}
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """What one comparison found.
 
@@ -82,6 +83,15 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
     references: dict[float, Reference] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """The table without times, for a prompt or a notebook, and what it leaves out."""
+        unsaid = {"inference_steps", "error_se", "seconds", "outside"}
+        if len({row.dtype for row in self.rows}) < 2:
+            unsaid.add("dtype")
+        rows = [{name: cell for name, cell in row.items() if name not in unsaid} for row in self.table()]
+        floor = [f"errors below {self.reference_error:.2g} say nothing"] if self.reference_error else []
+        return "\n".join([markdown(rows), *floor, *self.skipped])
 
     @property
     def reference_error(self) -> float:
