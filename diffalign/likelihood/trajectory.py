@@ -91,6 +91,8 @@ def ddim(alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Array, *, et
     At eta 1 this is ancestral sampling, and in the variance-exploding variable x / alpha exactly the
     Euler-ancestral step ``s_up^2 = s'^2 (s^2 - s'^2) / s^2``.
     """
+    if not 0 <= eta <= 1:  # beyond, a state would have more noise than belongs to its time
+        raise UserError(f"eta must lie between 0 and 1, but is {eta}")
     std = eta * sigma_next * np.sqrt(np.maximum(0.0, 1.0 - (alpha * sigma_next / (alpha_next * sigma)) ** 2))
     return np.sqrt(np.maximum(0.0, sigma_next**2 - std**2)), std
 

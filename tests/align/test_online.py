@@ -39,6 +39,7 @@ from diffalign.trainers.groups import (
     matched,
     random_reward,
 )
+from diffalign.trainers.health import PATIENCE, Health
 from diffalign.trainers.online import ROUND, Members
 from tests.align import families
 from tests.align.goldens import load_online as load
@@ -271,6 +272,25 @@ def test_the_first_loss_is_log_2_and_nothing_has_moved(online, log):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)
     assert first["rewards/margins"] == first["kl"] == first["clipped"] == 0.0
     assert first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("method", "clip"), [("d3po", 1e-9), ("ddpo", 1e-9), ("d3po", 0.9)])
+def test_the_share_of_clipped_ratios_is_said(online, log, method, clip):
+    trainer = online(method, max_train_steps=2, clip=clip)
+    trainer.train()
+    shares = [record["clipped"] for record in log(trainer.folder)]
+    assert {record["round"] for record in log(trainer.folder)} == {1.0}
+    assert shares[1] > 0.9 if clip < 0.1 else shares == [0.0, 0.0]
+
+
+def test_alarms_of_clipped_ratios_and_equal_rewards():
+    for name, alarm in (("clipped", "ratios clipped"), ("reward_equal", "rewards equal")):
+        found = []
+        for share in (0.4, 0.6):
+            health = Health()
+            fired = [health.update({name: share}) for _ in range(PATIENCE)]
+            found.append([list(f) for f in fired if f])
+        assert found == [[], [[alarm]]]
 
 
 def test_the_first_log_ratio_of_a_policy_gradient_is_exactly_zero(online, log):

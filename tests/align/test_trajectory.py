@@ -56,6 +56,16 @@ def test_ddim_step_as_published(kind, dtype, tolerance, eta):
     check_step(transition, case, "model_output", tolerance=tolerance)
 
 
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_ddim_step_as_published_for_spo(kind, eta):
+    case = load("ddim_logprob", f"spo_ddim_logprob/{kind}/float32/eta{eta}")
+    transition = Transition.between(
+        *levels(case["input/alpha_t"]), *levels(case["input/alpha_prev"]), kind, law="ddim", eta=eta
+    )
+    check_step(transition, case, "model_output", tolerance=(1e-4, 5e-5))
+
+
 def test_euler_ancestral_step_as_published():
     case = load("pso", "pso_turbo_step")
     s, s_next = case["input/sigma"].double().numpy(), case["input/sigma_next"].double().numpy()
@@ -339,6 +349,8 @@ def test_clipped_ratios_have_no_gradient_on_either_side():
     [
         ({"law": "dimm"}, "did you mean 'ddim'"),
         ({"law": "renoise", "eta": 1.0}, "renoise does not take eta"),
+        ({"eta": 1.2}, "eta must lie between 0 and 1, but is 1.2"),
+        ({"eta": -1.0}, "eta must lie between 0 and 1, but is -1.0"),
         ({"law": "flow_sde"}, "for flow models"),
     ],
 )
