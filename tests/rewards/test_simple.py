@@ -158,6 +158,34 @@ def test_the_hub_is_asked_for_ids_only_and_for_few_files(monkeypatch, clip_folde
         load_reward("pickscore", "owner/name")
 
 
+CLIP_FILES = ["config.json", "model.safetensors"]
+PUBLISHED = {
+    "pickscore": CLIP_FILES,
+    "clip": CLIP_FILES,
+    "step-aware": [*CLIP_FILES, "step_aware.safetensors"],
+    "multi-head": [*CLIP_FILES, "heads.json", "heads.safetensors"],
+    "hpsv2": ["HPS_v2.1_compressed.pt"],
+    "aesthetic": ["sac+logos+ava1-l14-linearMSE.pth"],
+    "image-reward": ["ImageReward.pt"],
+}
+
+
+def test_every_reward_with_weights_comes_from_the_hub_with_its_files(monkeypatch):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert PUBLISHED.keys() == {name for name in REWARDS if not name.startswith(("jpeg", "playground"))}
+    for name, files in PUBLISHED.items():
+        with pytest.raises(UserError, match=rf"reward {name}: owner/{name} is no folder here.*\(offline\)"):
+            load_reward(name, f"owner/{name}")
+        patterns = asked[f"owner/{name}"]
+        assert [f for f in files if any(fnmatch(f, p) for p in patterns)] == files, name
+
+
 # ------------------------------------------------------------------------------------------ aesthetic
 
 
