@@ -193,7 +193,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         known = _options(cls)
         unknown = [] if return_unused_kwargs else [option for option in kwargs if option not in known]
         if unknown:
-            elsewhere = {option for other in cls._get_compatibles() for option in _options(other)}
+            elsewhere = {option for other in super()._get_compatibles() for option in _options(other)}
             for option in unknown:
                 if option not in elsewhere:
                     raise UserError(f"{cls.__name__} has no option {option!r}{suggestion(option, known)}")
@@ -207,6 +207,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             config = cls._translated(dict(config))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """diffusers knows only its own; a config may come from another class here, which is loaded then."""
+        ours = [PlanScheduler]
+        for known in ours:
+            ours += [sub for sub in known.__subclasses__() if sub not in ours]
+        return [*super()._get_compatibles(), *ours[1:]]
 
     @property
     def prediction(self) -> str:

@@ -168,6 +168,16 @@ def test_options_of_other_schedulers_are_read_as_of_their_configs(cls, caplog):
     assert f"{cls.__name__} has no option shift, invert_sigmas" in caplog.text
 
 
+def test_configs_go_from_one_class_to_another_and_back_in_silence(caplog):
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # it does not propagate
+    first = SOLVERS["dpm-solver++"](solver_order=3, sde_eta=0.5)
+    second = SOLVERS["ddim"].from_config(first.config)
+    back = type(first).from_config(second.config)
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not caplog.text
+    assert back.config.sde_eta == 0.5
+
+
 def test_unknown_solver_names_the_known():
     with pytest.raises(UserError, match=r"did you mean 'dpm-solver\+\+'"):
         SOLVERS["dpm-solver+"]
