@@ -193,7 +193,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         known = _options(cls)
         unknown = [] if return_unused_kwargs else [option for option in kwargs if option not in known]
         if unknown:
-            elsewhere = {option for other in super()._get_compatibles() for option in _options(other)}
+            theirs = super()._get_compatibles()  # type: ignore[misc]
+            elsewhere = {option for other in theirs for option in _options(other)}
             for option in unknown:
                 if option not in elsewhere:
                     raise UserError(f"{cls.__name__} has no option {option!r}{suggestion(option, known)}")
@@ -214,7 +215,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         ours = [PlanScheduler]
         for known in ours:
             ours += [sub for sub in known.__subclasses__() if sub not in ours]
-        return [*super()._get_compatibles(), *ours[1:]]
+        return [*super()._get_compatibles(), *ours[1:]]  # type: ignore[misc]
 
     @property
     def prediction(self) -> str:
