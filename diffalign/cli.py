@@ -44,6 +44,24 @@ COMMANDS: dict[str, Command] = {
         "draw images from a pipeline folder with any of the samplers",
         'diffalign sample --model playground/sd --prompts "[a red star]" --solver dpm-solver++ --steps 10',
     ),
+    "list solvers": Command(
+        "diffalign.listing:ListConfig",
+        "diffalign.listing:run_solvers",
+        "the samplers by name",
+        "diffalign list solvers",
+    ),
+    "list losses": Command(
+        "diffalign.listing:ListConfig",
+        "diffalign.listing:run_losses",
+        "the losses by name: formula, source and options",
+        "diffalign list losses",
+    ),
+    "list rewards": Command(
+        "diffalign.listing:ListConfig",
+        "diffalign.listing:run_rewards",
+        "the rewards by name",
+        "diffalign list rewards",
+    ),
     "train diffusion-dpo": Command(
         "diffalign.trainers.diffusion_dpo:DiffusionDPOConfig",
         "diffalign.trainers.diffusion_dpo:run",

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -333,6 +334,21 @@ def test_help_needs_no_torch():
 
 
 # ------------------------------------------------------------------------------------------------- sample
+
+
+def test_lists_name_everything_with_what_it_is(capsys):
+    from diffalign.losses import LIST_LOSSES, LOSSES
+    from diffalign.rewards import REWARDS
+    from diffalign.solvers import SOLVERS
+
+    for what, names in (("solvers", SOLVERS), ("losses", [*LOSSES, *LIST_LOSSES]), ("rewards", REWARDS)):
+        assert cli.main(["list", what]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told = {
+            name.split("  ")[0]: text for name, text in itertools.pairwise(lines) if text.startswith("    ")
+        }
+        assert set(names) <= set(told)
+        assert all(len(told[name].split()) > 3 for name in names)
 
 
 def test_sample_writes_images_grid_and_settings(tiny_folder, tmp_path, capsys):
