@@ -215,7 +215,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         ours = [PlanScheduler]
         for known in ours:
             ours += [sub for sub in known.__subclasses__() if sub not in ours]
-        return [*super()._get_compatibles(), *ours[1:]]  # type: ignore[misc]
+        whole = [one for one in ours if "__init__" in vars(one)]  # others are parts that classes share
+        return [*super()._get_compatibles(), *whole]  # type: ignore[misc]
 
     @property
     def prediction(self) -> str:
