@@ -227,7 +227,7 @@ class NoiseSchedule:
 
     def training_times(self) -> Array:
         """(N,) times that training saw, rising; of continuous schedules N even ones of them."""
-        if self.kind == "discrete":
+        if self.is_discrete:
             return np.arange(self.num_train_timesteps, dtype=np.float64)
         return np.linspace(self.t_min, self.t_max, self.num_train_timesteps)
 

@@ -95,7 +95,7 @@ class PNDMScheduler(PlanScheduler):
     def _setup(self) -> None:
         super()._setup()
         config = self.config
-        if config.convention == "published" and self.schedule.kind != "discrete":
+        if config.convention == "published" and not self.schedule.is_discrete:
             raise UserError(
                 "convention='published' counts training steps of a beta schedule, which a flow schedule "
                 "does not have; use convention='consistent'"

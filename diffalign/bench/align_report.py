@@ -108,7 +108,7 @@ def gains(rows: Sequence[Row]) -> Any:
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float]], gap: float = 11.0) -> None:
-    """Names beside points, each at least `gap` pixels above the one below it."""
+    """Names beside `points`, in data units, each `gap` points of print or more above the one below it."""
     lowest = -math.inf
     for name, point in sorted(points.items(), key=lambda item: item[1][1]):
         x, y = axes.transData.transform(point)

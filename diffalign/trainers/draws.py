@@ -97,5 +97,6 @@ def time_at(schedule: NoiseSchedule, fraction: float) -> float:
 def _time_of_logit(schedule: NoiseSchedule, logit: float) -> float:
     """Where sigma, or an EDM model's log sigma, is at a normal number."""
     if schedule.kind == "edm":
-        return float(np.clip(0.25 * logit, schedule.t_min, schedule.t_max))
+        lowest, highest = schedule.lambda_((schedule.t_max, schedule.t_min))
+        return float(schedule.t_of_lambda(np.clip(-logit, lowest, highest)))
     return time_at(schedule, 1.0 / (1.0 + math.exp(-logit)))
